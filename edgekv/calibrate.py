@@ -1,0 +1,125 @@
+"""Q-Filters of a GGUF model from its own queries (arXiv 2503.02812, section 3), without torch.
+
+The patched runtime hands over the post-RoPE queries while it reads text and keeps, per query head, the sum of their
+outer products: one matrix, however long the text. The filter is that matrix' top eigenvector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from edgekv import _runtime, native
+from edgekv.errors import EdgekvError
+from edgekv.filters import QFilters, from_moments, model_fingerprint
+from edgekv.gguf_file import GGUF
+from edgekv.session import Session
+
+MIN_QUERIES = 3000  # per head; the paper finds more to change little
+N_SEQUENCES = 3
+SEQUENCE_TOKENS = 2048
+
+
+def default_text() -> str:
+    """English prose that every Python installation has: the help topics of the language. No network is needed."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def calibrate(
+    path: str | os.PathLike[str],
+    *,
+    text_files: Iterable[str | os.PathLike[str]] = (),
+    n_threads: int | None = None,
+    progress: bool = False,
+) -> QFilters:
+    """Filters of a model, one vector per cache layer and KV head.
+
+    Reads at most ``N_SEQUENCES`` sequences of ``SEQUENCE_TOKENS`` tokens, spread over the text. The same text, threads
+    and CPU variant give the same bytes.
+
+    Args:
+        text_files: UTF-8 texts of the user's own; default :func:`default_text`.
+
+    Raises:
+        EdgekvError: the model or a text cannot be read, or the text is too short.
+    """
+    gguf = GGUF(path)
+    fingerprint = model_fingerprint(gguf)
+    files = [Path(file) for file in text_files]
+    texts = [_read_text(file) for file in files] or [default_text()]
+
+    n_ctx = min(SEQUENCE_TOKENS, gguf.context_length)
+    with Session(path, n_ctx=n_ctx, n_threads=n_threads, flash_attn=True, tap_queries=True) as session:
+        where = ", ".join(map(str, files)) or "the default text"
+        sequences = _sequences(session, texts, n_ctx, where)
+
+        with _progress_bar(progress, sum(map(len, sequences))) as advance:
+            for tokens in sequences:
+                session.clear()
+                session.read(tokens, each=advance)
+
+        layers = session.layers()
+        vectors, n_queries = [], 0
+        for i, layer in enumerate(layers):
+            taps = [native.tap(session.ctx, i, h, layer.head_size_k) for h in range(layer.n_head)]
+            n_queries = taps[0][2]
+            vectors.append(
+                from_moments(
+                    np.stack([moment for moment, _, _ in taps]),
+                    np.stack([total for _, total, _ in taps]),
+                    layer.n_head // layer.n_head_kv,
+                )
+            )
+
+        filters = QFilters(
+            vectors,
+            [layer.il for layer in layers],
+            method="calibrated: top eigenvector of the uncentred second moment of post-RoPE queries, mean over the group",
+            text_sha256=[hashlib.sha256(text.encode()).hexdigest() for text in texts],
+            n_tokens=sum(map(len, sequences)),
+            n_queries=n_queries,
+            runtime=f"llama-cpp-python {_runtime.BINDINGS_VERSION}, {native.cpu_variant()}",
+            model_sha256=fingerprint,
+        )
+    filters.validate(gguf)
+    return filters
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise EdgekvError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise EdgekvError(f"{path}: is not UTF-8 text") from None
+    except OSError as error:
+        raise EdgekvError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _sequences(session: Session, texts: list[str], n_ctx: int, where: str) -> list[list[int]]:
+    """Up to N_SEQUENCES runs of tokens, evenly spread over the text, each begun as the model begins a text."""
+    begin = session.tokenize("")
+    tokens = session.tokenize("\n\n".join(texts))[len(begin) :]
+    length = n_ctx - len(begin)
+    n_max = N_SEQUENCES * SEQUENCE_TOKENS // n_ctx
+
+    n = min(n_max, -(-len(tokens) // length))
+    starts = np.linspace(0, max(0, len(tokens) - length), n).astype(int) if n > 1 else [0]
+    sequences = [begin + tokens[start : start + length] for start in starts]
+
+    found = sum(map(len, sequences))
+    if found < MIN_QUERIES:
+        raise EdgekvError(f"{where}: {found} tokens are too few to calibrate on, at least {MIN_QUERIES} are needed")
+    return sequences
+
+
+def _progress_bar(show: bool, total: int):
+    from edgekv.progress import bar
+
+    return bar("calibrating", total, unit="tokens", show=show)

@@ -1,0 +1,128 @@
+"""``edgekv inspect``"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from edgekv.cli.common import format_bytes, model_option
+from edgekv.errors import EdgekvError
+
+# cache type -> (elements, bytes) of a block
+CACHE_TYPES = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
+
+UBATCH = 512  # llama.cpp's default
+
+
+@click.command()
+@model_option
+@click.option("--kv-budget", "budget", default="x8", show_default=True, metavar="N|xN|SIZE",
+              help="Budget to compare with: tokens, a fraction of the context, or bytes (of an f16 cache).")
+@click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=1), help="Context [default: the trained one].")
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def inspect(model: str, budget: str, n_ctx: int | None, output: str) -> None:
+    """Show MODEL's Q-Filters and what its KV cache costs."""
+    facts = describe(model, n_ctx, budget)
+    if output == "json":
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+
+
+def describe(model: str, n_ctx: int | None, budget: str) -> dict[str, Any]:
+    """The facts as plain values; memory in bytes. EdgekvError for a damaged model or damaged filters."""
+    from edgekv.filters import read
+    from edgekv.gguf_file import GGUF
+    from edgekv.settings import parse_budget
+
+    gguf = GGUF(model)
+    filters = read(gguf)
+    if filters is not None:
+        filters.validate(gguf)
+    n_ctx = n_ctx or gguf.context_length
+    per_token = {name: gguf.kv_bytes_per_token(b, b) for name, b in CACHE_TYPES.items()}
+    if not per_token["f16"] or not n_ctx:
+        raise EdgekvError(f"{gguf.path}: this model has no KV cache or no context length in its metadata")
+    tokens = parse_budget(budget, n_ctx=n_ctx, bytes_per_token=per_token["f16"])
+    # as the runtime allocates them: padded to 256, room for one ubatch behind the budget
+    full, bounded = _pad(n_ctx), _pad(min(n_ctx, tokens + UBATCH))
+
+    return {
+        "model": str(gguf.path),
+        "name": gguf.name,
+        "architecture": gguf.architecture,
+        "file_bytes": gguf.size,
+        "n_layer": gguf.n_layer,
+        "head_count": _one(gguf.head_count),
+        "head_count_kv": _one(gguf.head_count_kv),
+        "key_length": gguf.key_length,
+        "value_length": gguf.value_length,
+        "context_length": gguf.context_length,
+        "sliding_window": gguf.get(f"{gguf.architecture}.attention.sliding_window"),
+        "qfilters": None if filters is None else {
+            "method": filters.method,
+            "layers": filters.layers,
+            "head_count_kv": _one(filters.head_count_kv),
+            "head_size": _one(filters.head_size),
+            "n_tokens": filters.n_tokens,
+            "n_queries": filters.n_queries,
+            "runtime": filters.runtime,
+            "text_sha256": filters.text_sha256,
+            "model_sha256": filters.model_sha256,
+        },
+        "kv_bytes_per_token": per_token,
+        "memory": {
+            "n_ctx": n_ctx,
+            "cells": full,
+            "kv_budget": tokens,
+            "budget_cells": bounded,
+            "kv_bytes": {name: n and n * full for name, n in per_token.items()},
+            "budget_kv_bytes": {name: n and n * bounded for name, n in per_token.items()},
+        },
+    }
+
+
+def _pad(cells: int) -> int:
+    return -(-cells // 256) * 256
+
+
+def _one(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _print(facts: dict[str, Any]) -> None:
+    def row(label: str, text: object) -> None:
+        click.echo(f"{label:<16}{text}")
+
+    row("model", facts["model"])
+    row("name", facts["name"] or "-")
+    row("architecture", f"{facts['architecture']}, {facts['n_layer']} layers, {facts['head_count']} heads, "
+                        f"{facts['head_count_kv']} KV heads of {facts['key_length']} (K) and "
+                        f"{facts['value_length']} (V) channels")
+    row("file", format_bytes(facts["file_bytes"]))
+    row("trained context", f"{facts['context_length']} tokens")
+    q = facts["qfilters"]
+    if q is None:
+        row("Q-Filters", f"none; edgekv convert {facts['model']} --with-qfilters adds them")
+    else:
+        row("Q-Filters", f"{len(q['layers'])} layers, {q['head_count_kv']} KV heads of {q['head_size']} channels")
+        row("  made by", q["method"] or "-")
+        if q["n_tokens"] or q["n_queries"]:
+            row("  from", f"{q['n_tokens']} tokens, {q['n_queries']} queries per head")
+        if q["runtime"]:
+            row("  with", q["runtime"])
+        for digest in q["text_sha256"]:
+            row("  text sha256", digest)
+    m = facts["memory"]
+    click.echo()
+    click.echo(f"{'KV cache':<16}{'per token':>12}{'full, ' + str(m['n_ctx']):>18}{'budget ' + str(m['kv_budget']):>18}")
+    for name, per_token in facts["kv_bytes_per_token"].items():
+        if per_token is None:
+            row(name, "not possible with this head size")
+        else:
+            click.echo(f"{name:<16}{format_bytes(per_token):>12}{format_bytes(m['kv_bytes'][name]):>18}"
+                       f"{format_bytes(m['budget_kv_bytes'][name]):>18}")
+    if isinstance(facts["sliding_window"], int) and facts["sliding_window"]:
+        click.echo("layers with a sliding window are counted like the others; they cost less")

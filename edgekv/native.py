@@ -1,0 +1,235 @@
+"""The C interface of ``ggml_ops/include/llama-edgekv.h`` for a context of the bindings."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekv import _runtime
+from edgekv.errors import EdgekvError
+from edgekv.settings import MODES, EvictionSettings
+
+if not _runtime.lib_path("llama").exists():
+    raise EdgekvError(f"{_runtime.lib_dir()}: the patched libraries are missing, install edgekv with `pip install .`")
+
+import llama_cpp  # noqa: E402
+
+
+class _Params(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_uint32),
+        ("policy", ctypes.c_char_p),
+        ("mode", ctypes.c_int32),
+        ("budget", ctypes.c_uint32),
+        ("window", ctypes.c_uint32),
+        ("n_keep", ctypes.c_uint32),
+        ("filters", ctypes.POINTER(ctypes.c_float)),
+        ("n_filters", ctypes.c_uint64),
+        ("tap_queries", ctypes.c_bool),
+    ]
+
+
+class _Stats(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_uint32),
+        ("cells_allocated", ctypes.c_uint32),
+        ("cells_used", ctypes.c_uint32),
+        ("tokens_seen", ctypes.c_int64),
+        ("floor", ctypes.c_int64),
+        ("n_evictions", ctypes.c_uint64),
+        ("evict_us", ctypes.c_uint64),
+        ("k_bytes", ctypes.c_uint64),
+        ("v_bytes", ctypes.c_uint64),
+        ("kv_bytes", ctypes.c_uint64),
+        ("scratch_bytes", ctypes.c_uint64),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("il", ctypes.c_int32),
+        ("n_head", ctypes.c_uint32),
+        ("n_head_kv", ctypes.c_uint32),
+        ("head_size_k", ctypes.c_uint32),
+        ("head_size_v", ctypes.c_uint32),
+        ("k_row_bytes", ctypes.c_uint64),
+        ("v_row_bytes", ctypes.c_uint64),
+    ]
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Figures of a context's KV cache; see ``llama_edgekv_stats`` for their exact meaning."""
+
+    cells_allocated: int
+    cells_used: int
+    tokens_seen: int
+    floor: int
+    n_evictions: int
+    evict_us: int
+    k_bytes: int
+    v_bytes: int
+    kv_bytes: int
+    scratch_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """Shape of one layer of the cache; ``il`` is its number in the model, row bytes are per KV head and cell."""
+
+    il: int
+    n_head: int
+    n_head_kv: int
+    head_size_k: int
+    head_size_v: int
+    k_row_bytes: int
+    v_row_bytes: int
+
+
+_lib = llama_cpp.llama_cpp._lib
+
+
+def _bind(name: str, restype, *argtypes):
+    function = getattr(_lib, name)
+    function.restype, function.argtypes = restype, argtypes
+    return function
+
+
+_ctx_p, _i32, _i64, _u32, _u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64
+_double_p = ctypes.POINTER(ctypes.c_double)
+
+_set_next = _bind("llama_edgekv_set_next", ctypes.c_bool, ctypes.POINTER(_Params))
+_last_error = _bind("llama_edgekv_last_error", ctypes.c_char_p)
+_clear_error = _bind("llama_edgekv_clear_error", None)
+_evict = _bind("llama_edgekv_evict", _i64, _ctx_p, _i32, _u32)
+_get_stats = _bind("llama_edgekv_get_stats", ctypes.c_bool, _ctx_p, _i32, ctypes.POINTER(_Stats))
+_n_layers = _bind("llama_edgekv_n_layers", _i32, _ctx_p)
+_get_layer = _bind("llama_edgekv_get_layer", ctypes.c_bool, _ctx_p, _i32, ctypes.POINTER(_Layer))
+_positions = _bind("llama_edgekv_positions", _i64, _ctx_p, _i32, _i32, _i32, ctypes.POINTER(_i32), _i64)
+_rows = _bind("llama_edgekv_rows", _i64, _ctx_p, _i32, _i32, _i32, ctypes.c_bool, ctypes.c_void_p, _u64)
+_ggml = ctypes.CDLL(str(_runtime.lib_path("ggml-base")))
+_ggml.ggml_blck_size.restype = ctypes.c_int64
+_ggml.ggml_type_size.restype = ctypes.c_size_t
+
+_tap_get = _bind("llama_edgekv_tap_get", _i64, _ctx_p, _i32, _i32, _double_p, _double_p)
+
+
+def last_error() -> str:
+    """The last error of this thread, or ''. Void functions of llama.cpp (seq_add, seq_cp, ...) report here only."""
+    return _last_error().decode(errors="replace")
+
+
+def clear_error() -> None:
+    _clear_error()
+
+
+def _fail(fallback: str) -> EdgekvError:
+    return EdgekvError(last_error() or fallback)
+
+
+def set_next(settings: EvictionSettings | None, filters: np.ndarray | None = None, tap_queries: bool = False) -> None:
+    """Settings for the next context that this thread creates.
+
+    Args:
+        filters: flat float32 array, see ``llama_edgekv_params::filters``.
+
+    Raises:
+        EdgekvError: the settings contradict themselves.
+    """
+    clear_error()
+    params = _Params(struct_size=ctypes.sizeof(_Params), policy=b"none", tap_queries=tap_queries)
+    if settings is not None and settings.policy != "none":
+        params.policy = settings.policy.encode()
+        params.mode = MODES.index(settings.mode)
+        params.budget, params.window, params.n_keep = settings.budget, settings.window, settings.keep
+        if filters is not None:
+            filters = np.ascontiguousarray(filters, dtype=np.float32)
+            params.filters = filters.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            params.n_filters = filters.size
+    if not _set_next(ctypes.byref(params)):
+        raise _fail("the eviction settings were refused")
+
+
+def clear_next() -> None:
+    _set_next(None)
+
+
+def evict(ctx, seq_id: int = 0, budget: int = 0) -> int:
+    """Evict one sequence now; returns the tokens that left each KV head."""
+    clear_error()
+    n = _evict(ctx, seq_id, budget)
+    if n < 0:
+        raise _fail("the eviction failed")
+    return n
+
+
+def stats(ctx, seq_id: int = -1) -> CacheStats:
+    raw = _Stats(struct_size=ctypes.sizeof(_Stats))
+    if not _get_stats(ctx, seq_id, ctypes.byref(raw)):
+        raise _fail("no statistics")
+    return CacheStats(**{name: getattr(raw, name) for name, _ in _Stats._fields_[1:]})
+
+
+def layers(ctx) -> list[CacheLayer]:
+    n = _n_layers(ctx)
+    if n < 0:
+        raise _fail("the context has no plain KV cache")
+    result = []
+    for i in range(n):
+        raw = _Layer()
+        if not _get_layer(ctx, i, ctypes.byref(raw)):
+            raise _fail(f"there is no cache layer {i}")
+        result.append(CacheLayer(**{name: getattr(raw, name) for name, _ in _Layer._fields_}))
+    return result
+
+
+def positions(ctx, seq_id: int, i_layer: int, i_head_kv: int) -> np.ndarray:
+    """True positions of the used cells, int32 [n_used]."""
+    n = _positions(ctx, seq_id, i_layer, i_head_kv, None, 0)
+    if n < 0:
+        raise _fail("no positions")
+    out = np.empty(n, dtype=np.int32)
+    _positions(ctx, seq_id, i_layer, i_head_kv, out.ctypes.data_as(ctypes.POINTER(_i32)), n)
+    return out
+
+
+def rows(ctx, seq_id: int, i_layer: int, i_head_kv: int, *, values: bool) -> np.ndarray:
+    """Stored bytes of K (or V) of the used cells, uint8 [n_used, row bytes]."""
+    layer = layers(ctx)[i_layer]
+    size = layer.v_row_bytes if values else layer.k_row_bytes
+    n = stats(ctx, seq_id).cells_used
+    out = np.empty((n, size), dtype=np.uint8)
+    if _rows(ctx, seq_id, i_layer, i_head_kv, values, out.ctypes.data, out.nbytes) < 0:
+        raise _fail("no rows")
+    return out
+
+
+def tap(ctx, i_layer: int, i_head: int, head_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Second moment [head_size, head_size], sum [head_size] (float64) and number of the queries of one head."""
+    moment = np.empty((head_size, head_size))
+    total = np.empty(head_size)
+    n = _tap_get(ctx, i_layer, i_head, moment.ctypes.data_as(_double_p), total.ctypes.data_as(_double_p))
+    if n < 0:
+        raise _fail("no queries were tapped")
+    return moment, total, n
+
+
+def type_block(ggml_type: int) -> tuple[int, int]:
+    """Elements and bytes of one block of a ggml type."""
+    return _ggml.ggml_blck_size(ggml_type), _ggml.ggml_type_size(ggml_type)
+
+
+def cpu_variant() -> str:
+    """The CPU backend that the loader picked, for records: its name in ``edgekv/lib`` or its features."""
+    maps = "/proc/self/maps"
+    try:
+        with open(maps) as file:
+            for line in file:
+                if "ggml-cpu" in line:
+                    name = line.rsplit("/", 1)[-1].strip()
+                    return name.removeprefix("lib").removesuffix(".so")
+    except OSError:
+        pass
+    return llama_cpp.llama_print_system_info().decode()

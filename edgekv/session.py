@@ -1,0 +1,217 @@
+"""A model and one context, driven batch by batch: what calibration, benchmarks and tests need below ``Llama``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+from edgekv import native
+from edgekv.errors import EdgekvError
+from edgekv.settings import EvictionSettings
+
+import llama_cpp
+
+CACHE_TYPES = {
+    "f32": llama_cpp.GGML_TYPE_F32,
+    "f16": llama_cpp.GGML_TYPE_F16,
+    "bf16": 30,  # GGML_TYPE_BF16, which the bindings do not name
+    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
+    "q5_1": llama_cpp.GGML_TYPE_Q5_1,
+    "q5_0": llama_cpp.GGML_TYPE_Q5_0,
+    "q4_1": llama_cpp.GGML_TYPE_Q4_1,
+    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
+    "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL,
+}
+
+_GGML_LOG_LEVEL_ERROR = 4
+_log: deque[str] = deque(maxlen=8)
+
+
+@llama_cpp.llama_log_callback
+def _collect_log(level: int, text: bytes, _user_data) -> None:
+    if level == _GGML_LOG_LEVEL_ERROR:
+        _log.append(text.decode(errors="replace").strip())
+
+
+def silence() -> None:
+    """Keep llama.cpp's log off the terminal; its errors are kept for :func:`log_error`."""
+    _log.clear()
+    llama_cpp.llama_log_set(_collect_log, ctypes.c_void_p(0))
+
+
+def log_error() -> str:
+    """The most telling line that llama.cpp logged since :func:`silence`, without the function's name, or ''."""
+    for line in _log:
+        text = line.split(": ", 1)[-1]
+        if text and "failed to load model" not in text:
+            return text
+    return ""
+
+
+def load_model(path: str | os.PathLike[str], *, n_gpu_layers: int = 0):
+    """A ``llama_model`` pointer. EdgekvError, naming the file, if llama.cpp refuses it."""
+    if not Path(path).is_file():
+        raise EdgekvError(f"{path}: no such file")
+    silence()
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = n_gpu_layers
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise EdgekvError(f"{path}: cannot be loaded: {log_error() or 'llama.cpp refused it'}")
+    return model
+
+
+class Session:
+    """A context on a model of its own, with as many streams as sequences.
+
+    Args:
+        n_ctx: tokens of context per sequence.
+        settings, filters, tap_queries: see :func:`edgekv.native.set_next`.
+
+    Raises:
+        EdgekvError: the model cannot be loaded or the context cannot be created.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_ctx: int,
+        n_ubatch: int = 512,
+        n_batch: int | None = None,
+        n_threads: int | None = None,
+        n_seq_max: int = 1,
+        flash_attn: bool = False,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        n_gpu_layers: int = 0,
+        settings: EvictionSettings | None = None,
+        filters: np.ndarray | None = None,
+        tap_queries: bool = False,
+    ):
+        self.model = self.ctx = self._batch = None
+        self.model = load_model(path, n_gpu_layers=n_gpu_layers)
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
+
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq_max
+        params.n_batch = n_batch or n_ubatch
+        params.n_ubatch = n_ubatch
+        params.n_seq_max = n_seq_max
+        params.n_threads = params.n_threads_batch = n_threads or default_threads()
+        params.type_k, params.type_v = CACHE_TYPES[type_k], CACHE_TYPES[type_v]
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        native.set_next(settings, filters, tap_queries)
+        self.ctx = llama_cpp.llama_init_from_model(self.model, params)
+        if not self.ctx:
+            raise EdgekvError(f"{path}: {native.last_error() or log_error() or 'the context could not be created'}")
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self.n_batch = params.n_batch
+        self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
+
+    def decode(self, tokens, pos: int, seq_id: int = 0, logits: str = "none") -> np.ndarray | None:
+        """Decode one batch.
+
+        Args:
+            tokens: at most ``n_batch`` token ids, read at the positions from ``pos`` on.
+            logits: ``none``, ``last`` or ``all``.
+
+        Returns:
+            float32 ``[n, n_vocab]`` for the tokens asked for (a copy), None for ``none``.
+
+        Raises:
+            EdgekvError: llama_decode failed (the context is full, ...).
+        """
+        code = self.try_decode(tokens, pos, seq_id, logits)
+        if code != 0:
+            raise EdgekvError(native.last_error() or f"llama_decode returned {code}")
+        if logits == "none":
+            return None
+        n = 1 if logits == "last" else len(tokens)
+        raw = llama_cpp.llama_get_logits(self.ctx)
+        return np.ctypeslib.as_array(raw, shape=(n, self.n_vocab)).copy()
+
+    def try_decode(self, tokens, pos: int, seq_id: int = 0, logits: str = "none") -> int:
+        """As :meth:`decode`; returns the code of llama_decode."""
+        batch, n = self._batch, len(tokens)
+        if n > self.n_batch:
+            raise ValueError(f"{n} tokens in a batch of {self.n_batch}")
+        batch.n_tokens = n
+        for i, token in enumerate(tokens):
+            batch.token[i] = int(token)
+            batch.pos[i] = pos + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = seq_id
+            batch.logits[i] = logits == "all" or (logits == "last" and i == n - 1)
+        native.clear_error()
+        return llama_cpp.llama_decode(self.ctx, batch)
+
+    def read(self, tokens, pos: int = 0, seq_id: int = 0, each=lambda n: None) -> None:
+        """Decode any number of tokens in batches of ``n_batch``; ``each`` is told how many a batch had."""
+        for i in range(0, len(tokens), self.n_batch):
+            chunk = tokens[i : i + self.n_batch]
+            self.decode(chunk, pos + i, seq_id)
+            each(len(chunk))
+
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        data = text.encode()
+        size = len(data) + 8
+        out = (llama_cpp.llama_token * size)()
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), out, size, special, False)
+        if n < 0:
+            raise EdgekvError("the text cannot be tokenised")
+        return list(out[:n])
+
+    def remove(self, p0: int, p1: int = -1, seq_id: int = 0) -> bool:
+        return bool(llama_cpp.llama_memory_seq_rm(self.memory, seq_id, p0, p1))
+
+    def clear(self) -> None:
+        llama_cpp.llama_memory_clear(self.memory, True)
+
+    def evict(self, seq_id: int = 0, budget: int = 0) -> int:
+        return native.evict(self.ctx, seq_id, budget)
+
+    def stats(self, seq_id: int = -1) -> native.CacheStats:
+        return native.stats(self.ctx, seq_id)
+
+    def positions(self, i_layer: int, i_head_kv: int, seq_id: int = 0) -> np.ndarray:
+        return native.positions(self.ctx, seq_id, i_layer, i_head_kv)
+
+    def rows(self, i_layer: int, i_head_kv: int, seq_id: int = 0, *, values: bool) -> np.ndarray:
+        return native.rows(self.ctx, seq_id, i_layer, i_head_kv, values=values)
+
+    def layers(self) -> list[native.CacheLayer]:
+        return native.layers(self.ctx)
+
+    def close(self) -> None:
+        if self._batch is not None:
+            llama_cpp.llama_batch_free(self._batch)
+        if self.ctx:
+            llama_cpp.llama_free(self.ctx)
+        if self.model:
+            llama_cpp.llama_model_free(self.model)
+        self.model = self.ctx = self._batch = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def default_threads() -> int:
+    """As many threads as this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1

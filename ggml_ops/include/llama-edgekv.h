@@ -1,0 +1,109 @@
+#pragma once
+
+// The C interface of edgekv: eviction in the KV cache of a llama_context.
+//
+// `llama_context_params` crosses the language bindings by value, so it is never extended. Settings are handed over
+// beforehand instead: llama_edgekv_set_next() stores them for the next llama_init_from_model() of the same thread,
+// which consumes them whether it succeeds or not. Without settings a context is byte for byte the stock one.
+//
+// Every function that can fail says so by its result; llama_edgekv_last_error() then has one line of text.
+//
+// Vocabulary. A *cell* is a slot of the cache; after an eviction each KV head holds a different token in it. The
+// *true position* of a cell is the position at which its token was read, per layer and KV head; the cell metadata
+// claims the last positions of the sequence instead, so that the causal mask and the recent window stay exact.
+
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum llama_edgekv_mode {
+    // cells = pad(min(n_ctx, budget + n_ubatch), 256); an eviction runs before a ubatch of n tokens whenever
+    // used + n > budget + n_ubatch
+    LLAMA_EDGEKV_MODE_BOUNDED = 0,
+    // n_ctx cells and no automatic eviction: llama_edgekv_evict() evicts on demand
+    LLAMA_EDGEKV_MODE_PROMPT  = 1,
+};
+
+struct llama_edgekv_params {
+    uint32_t struct_size; // sizeof(struct llama_edgekv_params) of the caller
+
+    // eviction: "none", "qfilters", "streaming", "knorm" or "keydiff"
+    const char * policy;
+    int32_t  mode;    // enum llama_edgekv_mode
+    uint32_t budget;  // cached tokens per sequence and KV head after an eviction
+    uint32_t window;  // last tokens, always kept
+    uint32_t n_keep;  // first tokens, always kept; n_keep + window <= budget
+
+    // for "qfilters": one vector per cache layer and KV head, in the order of the cache's layers, each of the layer's
+    // K head size, F32; a higher projection means: keep. Copied.
+    const float * filters;
+    uint64_t      n_filters; // number of floats
+
+    // collect the second moments of the post-RoPE queries, see llama_edgekv_tap_get()
+    bool tap_queries;
+};
+
+struct llama_edgekv_stats {
+    uint32_t struct_size;     // set by the caller
+
+    uint32_t cells_allocated; // per sequence
+    uint32_t cells_used;      // of the sequence (of all sequences for seq_id -1)
+    int64_t  tokens_seen;     // highest true position + 1 (summed over the sequences for seq_id -1)
+    int64_t  floor;           // a tail of the sequence can be removed iff it begins at or above this position
+    uint64_t n_evictions;     // of the sequence (of all for -1)
+    uint64_t evict_us;        // microseconds spent in the evictions of the whole context
+    uint64_t k_bytes;         // allocated bytes of K, whole context
+    uint64_t v_bytes;         // allocated bytes of V, whole context
+    uint64_t kv_bytes;        // the memory module's buffers, as llama.cpp's own memory breakdown counts them
+    uint64_t scratch_bytes;   // device buffers reserved for evictions
+};
+
+struct llama_edgekv_layer {
+    int32_t  il;              // layer of the model
+    uint32_t n_head;          // query heads
+    uint32_t n_head_kv;
+    uint32_t head_size_k;
+    uint32_t head_size_v;
+    uint64_t k_row_bytes;     // bytes of one head's K in one cell
+    uint64_t v_row_bytes;     // bytes of one head's V in one cell
+};
+
+// Settings for the next context of this thread; NULL takes them back. false if they contradict themselves.
+LLAMA_API bool llama_edgekv_set_next(const struct llama_edgekv_params * params);
+
+// The last error of this thread, "" if there was none since llama_edgekv_clear_error().
+LLAMA_API const char * llama_edgekv_last_error(void);
+LLAMA_API void         llama_edgekv_clear_error(void);
+
+// Evict one sequence down to `budget` (0: the context's own) now. Returns the number of tokens that left each KV
+// head, 0 if the sequence fits already, -1 on error (nothing changed). An eviction at position n raises the
+// sequence's floor to n - window.
+LLAMA_API int64_t llama_edgekv_evict(struct llama_context * ctx, llama_seq_id seq_id, uint32_t budget);
+
+// Statistics of one sequence, or of all (seq_id -1). Works for contexts without settings too (floor and evictions 0).
+LLAMA_API bool llama_edgekv_get_stats(struct llama_context * ctx, llama_seq_id seq_id, struct llama_edgekv_stats * stats);
+
+// The layers of the cache that evictions work on, in its order.
+LLAMA_API int32_t llama_edgekv_n_layers(struct llama_context * ctx);
+LLAMA_API bool    llama_edgekv_get_layer(struct llama_context * ctx, int32_t i_layer, struct llama_edgekv_layer * layer);
+
+// True positions of the used cells of a sequence, in cell order (ascending). Returns their number, -1 on error;
+// writes at most n_max.
+LLAMA_API int64_t llama_edgekv_positions(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, int32_t i_head_kv,
+                                         llama_pos * out, int64_t n_max);
+
+// The stored bytes of K (or V) of the used cells, in cell order, as rows of k_row_bytes (v_row_bytes) bytes; a
+// transposed V is gathered into rows. Returns the number of bytes, -1 on error; needs room for all of them.
+LLAMA_API int64_t llama_edgekv_rows(struct llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, int32_t i_head_kv,
+                                    bool v, void * out, uint64_t out_size);
+
+// Calibration (tap_queries): for query head i_head of cache layer i_layer, the uncentred second moment
+// sum q q^T [head_size, head_size] and the sum [head_size] of all post-RoPE queries so far, in float64.
+// Returns the number of queries in them, -1 on error.
+LLAMA_API int64_t llama_edgekv_tap_get(struct llama_context * ctx, int32_t i_layer, int32_t i_head, double * moment, double * sum);
+
+#ifdef __cplusplus
+}
+#endif

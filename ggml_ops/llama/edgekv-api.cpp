@@ -1,0 +1,257 @@
+#include "edgekv-evict.h"
+#include "edgekv-tap.h"
+#include "llama-edgekv.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace {
+
+// what the accessors work on; valid if kv is set
+struct view {
+    llama_kv_cache * kv    = nullptr;
+    uint32_t         strm  = 0;
+    uint32_t         used  = 0;
+};
+
+llama_kv_cache * plain_cache(llama_context * ctx) {
+    auto * kv = ctx ? dynamic_cast<llama_kv_cache *>(ctx->get_memory()) : nullptr;
+    if (!kv) {
+        llama_edgekv_set_error("the context has no plain KV cache");
+    }
+    return kv;
+}
+
+view sequence(llama_context * ctx, llama_seq_id seq_id, int32_t i_layer) {
+    view res;
+
+    auto * kv = plain_cache(ctx);
+    if (!kv) {
+        return res;
+    }
+    if (seq_id < 0 || (uint32_t) seq_id >= kv->get_n_seq_max() || kv->get_n_stream() != kv->get_n_seq_max()) {
+        llama_edgekv_set_error(format("there is no sequence %d with a stream of its own", seq_id));
+        return res;
+    }
+    if (i_layer < 0 || (size_t) i_layer >= kv->get_layer_ids().size()) {
+        llama_edgekv_set_error(format("there is no cache layer %d", i_layer));
+        return res;
+    }
+
+    // a pending copy of a stream has to arrive before anybody looks
+    ctx->memory_update(false);
+    ctx->synchronize();
+
+    res.kv   = kv;
+    res.strm = kv->get_stream(seq_id);
+    res.used = kv->get_cells(seq_id).get_used();
+    return res;
+}
+
+} // namespace
+
+int64_t llama_edgekv_evict(llama_context * ctx, llama_seq_id seq_id, uint32_t budget) {
+    const view v = sequence(ctx, seq_id, 0);
+    if (!v.kv) {
+        return -1;
+    }
+    auto * evict = v.kv->get_evict();
+    if (!evict) {
+        llama_edgekv_set_error("the context was created without an eviction policy");
+        return -1;
+    }
+    const auto & cfg = evict->settings();
+
+    if (budget == 0) {
+        budget = cfg.budget;
+    }
+    if ((uint64_t) cfg.n_keep + cfg.window > budget) {
+        llama_edgekv_set_error(format("keep (%u) + window (%u) exceed the budget (%u)", cfg.n_keep, cfg.window, budget));
+        return -1;
+    }
+    if (v.used <= budget) {
+        return 0;
+    }
+    return evict->run(v.strm, budget) ? (int64_t) v.used - budget : -1;
+}
+
+bool llama_edgekv_get_stats(llama_context * ctx, llama_seq_id seq_id, llama_edgekv_stats * stats) {
+    if (stats->struct_size != sizeof(llama_edgekv_stats)) {
+        llama_edgekv_set_error("llama_edgekv_stats has another size here: the bindings and the library are of different versions");
+        return false;
+    }
+    auto * kv = plain_cache(ctx);
+    if (!kv) {
+        return false;
+    }
+    if (seq_id < -1 || seq_id >= (llama_seq_id) kv->get_n_seq_max()) {
+        llama_edgekv_set_error(format("there is no sequence %d", seq_id));
+        return false;
+    }
+
+    *stats = {};
+    stats->struct_size     = sizeof(llama_edgekv_stats);
+    stats->cells_allocated = kv->get_size();
+
+    const auto * evict = kv->get_evict();
+
+    for (llama_seq_id s = 0; s < (llama_seq_id) kv->get_n_seq_max(); ++s) {
+        if (seq_id != -1 && s != seq_id) {
+            continue;
+        }
+        const auto & cells = kv->get_cells(s);
+
+        // in a unified cache all sequences share the cells
+        if (s == 0 || seq_id != -1 || kv->get_n_stream() > 1) {
+            stats->cells_used += cells.get_used();
+        }
+        stats->tokens_seen += cells.seq_pos_max(s) + 1;
+
+        if (evict) {
+            stats->n_evictions += evict->n_evictions(kv->get_stream(s));
+            stats->floor        = std::max<int64_t>(stats->floor, evict->floor(kv->get_stream(s)));
+        }
+    }
+
+    if (evict) {
+        stats->evict_us      = evict->evict_us();
+        stats->scratch_bytes = evict->scratch_bytes();
+    }
+
+    for (const uint32_t il : kv->get_layer_ids()) {
+        stats->k_bytes += ggml_nbytes(kv->get_k_storage(il));
+        if (auto * v = kv->get_v_storage(il)) {
+            stats->v_bytes += ggml_nbytes(v);
+        }
+    }
+    for (const auto & [_, size] : kv->memory_breakdown()) {
+        stats->kv_bytes += size;
+    }
+
+    return true;
+}
+
+int32_t llama_edgekv_n_layers(llama_context * ctx) {
+    auto * kv = plain_cache(ctx);
+    return kv ? (int32_t) kv->get_layer_ids().size() : -1;
+}
+
+bool llama_edgekv_get_layer(llama_context * ctx, int32_t i_layer, llama_edgekv_layer * layer) {
+    auto * kv = plain_cache(ctx);
+    if (!kv) {
+        return false;
+    }
+    const auto ids = kv->get_layer_ids();
+    if (i_layer < 0 || (size_t) i_layer >= ids.size()) {
+        llama_edgekv_set_error(format("there is no cache layer %d", i_layer));
+        return false;
+    }
+
+    const auto & hparams = llama_get_model(ctx)->hparams;
+    const uint32_t il = ids[i_layer];
+
+    layer->il          = (int32_t) il;
+    layer->n_head      = hparams.n_head(il);
+    layer->n_head_kv   = hparams.n_head_kv(il);
+    layer->head_size_k = hparams.n_embd_head_k(il);
+    layer->head_size_v = hparams.n_embd_head_v(il);
+    layer->k_row_bytes = ggml_row_size(kv->type_k(), layer->head_size_k);
+    layer->v_row_bytes = kv->get_v_storage(il) ? ggml_row_size(kv->type_v(), layer->head_size_v) : 0;
+
+    return true;
+}
+
+int64_t llama_edgekv_positions(llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, int32_t i_head_kv, llama_pos * out, int64_t n_max) {
+    const view v = sequence(ctx, seq_id, i_layer);
+    if (!v.kv) {
+        return -1;
+    }
+    llama_edgekv_layer layer;
+    llama_edgekv_get_layer(ctx, i_layer, &layer);
+    if (i_head_kv < 0 || i_head_kv >= (int32_t) layer.n_head_kv) {
+        llama_edgekv_set_error(format("there is no KV head %d in cache layer %d", i_head_kv, i_layer));
+        return -1;
+    }
+
+    const auto * evict = v.kv->get_evict();
+    for (uint32_t i = 0; i < v.used && i < n_max; ++i) {
+        out[i] = evict ? evict->true_position(v.strm, i_layer, i_head_kv, i) : v.kv->get_cells(seq_id).pos_get(i);
+    }
+    return v.used;
+}
+
+int64_t llama_edgekv_rows(llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, int32_t i_head_kv, bool values, void * out, uint64_t out_size) {
+    const view v = sequence(ctx, seq_id, i_layer);
+    if (!v.kv) {
+        return -1;
+    }
+    llama_edgekv_layer layer;
+    llama_edgekv_get_layer(ctx, i_layer, &layer);
+
+    const uint64_t row_bytes = values ? layer.v_row_bytes : layer.k_row_bytes;
+    if (i_head_kv < 0 || i_head_kv >= (int32_t) layer.n_head_kv || row_bytes == 0) {
+        llama_edgekv_set_error(format("there is no KV head %d in cache layer %d", i_head_kv, i_layer));
+        return -1;
+    }
+    if (out_size < row_bytes*v.used) {
+        llama_edgekv_set_error("the buffer is too small");
+        return -1;
+    }
+
+    ggml_tensor * t    = values ? v.kv->get_v_storage(layer.il) : v.kv->get_k_storage(layer.il);
+    const size_t  base = v.strm*t->nb[2];
+    char        * dst  = (char *) out;
+
+    if (values && v.kv->get_v_trans()) {
+        const size_t ts = ggml_type_size(t->type);
+
+        std::vector<char> channel(ts*v.used);
+        for (uint32_t e = 0; e < layer.head_size_v; ++e) {
+            const size_t row = (size_t) i_head_kv*layer.head_size_v + e;
+            ggml_backend_tensor_get(t, channel.data(), base + row*ts*v.kv->get_size(), channel.size());
+            for (uint32_t i = 0; i < v.used; ++i) {
+                memcpy(dst + i*row_bytes + e*ts, channel.data() + i*ts, ts);
+            }
+        }
+    } else {
+        for (uint32_t i = 0; i < v.used; ++i) {
+            ggml_backend_tensor_get(t, dst + i*row_bytes, base + i*t->nb[1] + i_head_kv*row_bytes, row_bytes);
+        }
+    }
+    return (int64_t) (row_bytes*v.used);
+}
+
+int64_t llama_edgekv_tap_get(llama_context * ctx, int32_t i_layer, int32_t i_head, double * moment, double * sum) {
+    llama_edgekv_layer info;
+    if (!llama_edgekv_get_layer(ctx, i_layer, &info)) {
+        return -1;
+    }
+    const auto & cfg = ctx->get_cparams().edgekv;
+    if (!cfg || !cfg->tap) {
+        llama_edgekv_set_error("the context was created without tap_queries");
+        return -1;
+    }
+    ctx->synchronize();
+
+    const auto it = cfg->tap->layers.find(info.il);
+    if (it == cfg->tap->layers.end()) {
+        llama_edgekv_set_error(format("no queries were seen in layer %d", info.il));
+        return -1;
+    }
+    const auto & layer = it->second;
+    if (i_head < 0 || i_head >= layer.n_head) {
+        llama_edgekv_set_error(format("there is no query head %d in layer %d", i_head, info.il));
+        return -1;
+    }
+
+    const size_t n = layer.n_embd;
+    std::copy_n(layer.moments.begin() + i_head*n*n, n*n, moment);
+    std::copy_n(layer.sums.begin()    + i_head*n,   n,   sum);
+
+    return layer.count;
+}

@@ -1,0 +1,465 @@
+#include "edgekv-evict.h"
+
+#include "ggml-edgekv.h"
+
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams, const llama_memory_i * memory) {
+    const auto & hparams = model.hparams;
+
+    const auto refuse = [](const char * why) {
+        throw std::runtime_error(std::string("eviction is not possible: ") + why);
+    };
+
+    if (!memory) {
+        refuse("the model has no KV cache");
+    }
+    const auto * kv = dynamic_cast<const llama_kv_cache *>(memory);
+    if (!kv) {
+        refuse("only models with a plain KV cache are supported (not sliding-window pairs, hybrids, recurrent or sparse-attention models)");
+    }
+    if (kv->get_size() != llama_edgekv_kv_size(cparams) || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+        refuse("contexts for draft heads are not supported");
+    }
+    if (hparams.is_mla()) {
+        refuse("multi-head latent attention is not supported");
+    }
+    if (hparams.n_pos_per_embd() > 1) {
+        refuse("M-RoPE reads positions from the cells");
+    }
+    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f || hparams.n_rel_attn_bkts > 0) {
+        refuse("ALiBi and relative position buckets read positions from the cells");
+    }
+    if (hparams.ple_n_heads > 0) {
+        refuse("n-gram embeddings read tokens from the cells");
+    }
+    if (!cparams.causal_attn) {
+        refuse("attention is not causal");
+    }
+    if (cparams.kv_unified && cparams.n_seq_max > 1) {
+        refuse("several sequences need streams of their own (kv_unified = false)");
+    }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        refuse("split mode 'tensor' is not supported");
+    }
+}
+
+llama_edgekv_evictor::llama_edgekv_evictor(
+        llama_kv_cache & kv,
+        const llama_model & model,
+        const llama_cparams & cparams,
+        std::vector<ggml_backend_t> backends,
+        std::vector<ggml_backend_buffer_type_t> bufts) :
+    kv(kv),
+    cfg(cparams.edgekv),
+    n_ctx_seq(cparams.n_ctx_seq),
+    n_ubatch(cparams.n_ubatch),
+    n_threads(cparams.n_threads_batch),
+    backends(std::move(backends)),
+    streams(kv.n_stream) {
+
+    GGML_UNUSED(model);
+
+    load_filters();
+
+    // the worst case, so that no eviction allocates: all cells used
+    const uint32_t budget = std::min(cfg->budget, kv.get_size());
+
+    ggml_context_ptr ctx = graph_context();
+    std::vector<ggml_tensor *> chosen;
+    ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size(), budget, chosen);
+
+    check_devices(gf);
+
+    sched.reset(ggml_backend_sched_new(this->backends.data(), bufts.data(), (int) this->backends.size(),
+                ggml_graph_size(gf), /*parallel =*/ false, /*op_offload =*/ false));
+
+    if (kv.hparams.no_alloc) {
+        return;
+    }
+    if (!ggml_backend_sched_reserve(sched.get(), gf)) {
+        throw std::runtime_error("failed to allocate the scratch of the eviction");
+    }
+}
+
+size_t llama_edgekv_evictor::scratch_bytes() const {
+    size_t res = 0;
+    for (auto * backend : backends) {
+        res += ggml_backend_sched_get_buffer_size(sched.get(), backend);
+    }
+    for (const auto & [_, buf] : filter_bufs) {
+        res += ggml_backend_buffer_get_size(buf.get());
+    }
+    return res;
+}
+
+// In-place operators cannot fall back to another backend, so what a device lacks is refused now.
+void llama_edgekv_evictor::check_devices(ggml_cgraph * gf) const {
+    std::vector<ggml_backend_dev_t> devs;
+    for (const auto & layer : kv.layers) {
+        auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
+        if (!dev) {
+            dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        }
+        if (std::find(devs.begin(), devs.end(), dev) == devs.end()) {
+            devs.push_back(dev);
+        }
+    }
+
+    for (auto * dev : devs) {
+        // an RPC client claims to support whatever it is asked
+        bool ok = strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") != 0;
+
+        for (int i = 0; ok && i < ggml_graph_n_nodes(gf); ++i) {
+            ok = ggml_backend_dev_supports_op(dev, ggml_graph_node(gf, i));
+        }
+        if (!ok) {
+            throw std::runtime_error(std::string("eviction is not possible: device ") + ggml_backend_dev_name(dev) +
+                    " lacks its operators; keep the KV cache on the CPU (offload_kqv = false or -ngl 0)");
+        }
+    }
+}
+
+void llama_edgekv_evictor::load_filters() {
+    if (!cfg->policy->needs_filters) {
+        return;
+    }
+
+    size_t expected = 0;
+    for (const auto & layer : kv.layers) {
+        expected += (size_t) kv.hparams.n_head_kv(layer.il)*kv.hparams.n_embd_head_k(layer.il);
+    }
+    if (expected != cfg->filters.size()) {
+        throw std::runtime_error("the filters do not fit the model: " + std::to_string(cfg->filters.size()) +
+                " numbers instead of " + std::to_string(expected));
+    }
+
+    size_t offset = 0;
+    std::vector<float> rotated;
+
+    for (const auto & layer : kv.layers) {
+        const int64_t n_head = kv.hparams.n_head_kv(layer.il);
+        const int64_t n_embd = kv.hparams.n_embd_head_k(layer.il);
+
+        rotated.assign(cfg->filters.begin() + offset, cfg->filters.begin() + offset + n_head*n_embd);
+        offset += n_head*n_embd;
+
+        for (int64_t h = 0; h < n_head; ++h) {
+            double norm = 0.0;
+            for (int64_t i = 0; i < n_embd; ++i) {
+                norm += (double) rotated[h*n_embd + i]*rotated[h*n_embd + i];
+            }
+            if (!(norm > 0.0)) {
+                throw std::runtime_error(format("the filter of layer %u, KV head %d is zero", layer.il, (int) h));
+            }
+        }
+
+        if (kv.attn_rot_k) {
+            // K is stored rotated by an orthonormal Hadamard matrix, block by block: <Hf, Hk> = <f, k>
+            int64_t n_rot = 64;
+            while (n_embd % (2*n_rot) == 0) {
+                n_rot *= 2;
+            }
+            const auto & H = kv.attn_rot_hadamard.at(n_rot);
+
+            const std::vector<float> plain = rotated;
+            for (int64_t b = 0; b < n_head*n_embd; b += n_rot) {
+                for (int64_t i = 0; i < n_rot; ++i) {
+                    double s = 0.0;
+                    for (int64_t j = 0; j < n_rot; ++j) {
+                        s += (double) H[i*n_rot + j]*plain[b + j];
+                    }
+                    rotated[b + i] = (float) s;
+                }
+            }
+        }
+
+        ggml_init_params params = {
+            /*.mem_size   =*/ ggml_tensor_overhead(),
+            /*.mem_buffer =*/ NULL,
+            /*.no_alloc   =*/ true,
+        };
+        ggml_context_ptr ctx { ggml_init(params) };
+
+        ggml_tensor * f = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_head);
+        ggml_format_name(f, "edgekv_filters_l%d", (int) layer.il);
+
+        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(layer.k->buffer)) };
+        if (!buf) {
+            throw std::runtime_error("failed to allocate the filters");
+        }
+        ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        ggml_backend_tensor_set(f, rotated.data(), 0, ggml_nbytes(f));
+
+        filters.push_back(f);
+        filter_bufs.emplace_back(std::move(ctx), std::move(buf));
+    }
+}
+
+uint32_t llama_edgekv_evictor::n_used(uint32_t strm) const {
+    return kv.v_cells[strm].get_used();
+}
+
+llama_pos llama_edgekv_evictor::n_past(uint32_t strm) const {
+    // a stream belongs to the sequence of the same number
+    return kv.v_cells[strm].seq_pos_max(strm) + 1;
+}
+
+llama_edgekv_plan llama_edgekv_evictor::plan(const llama_ubatch & ubatch) {
+    llama_edgekv_plan res;
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        if (ubatch.pos[i] >= (llama_pos) n_ctx_seq) {
+            llama_edgekv_set_error(format("the context is full: position %d of %u", ubatch.pos[i], n_ctx_seq));
+            res.ok = false;
+            return res;
+        }
+    }
+
+    if (cfg->mode != LLAMA_EDGEKV_MODE_BOUNDED) {
+        return res;
+    }
+
+    const uint32_t n_tokens = ubatch.n_tokens/ubatch.n_seqs_unq;
+
+    for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
+        const uint32_t strm = kv.seq_to_stream[ubatch.seq_id_unq[s]];
+
+        if ((uint64_t) n_used(strm) + n_tokens <= (uint64_t) cfg->budget + n_ubatch) {
+            continue;
+        }
+        res.strm .push_back(strm);
+        res.cells.push_back(kv.v_cells[strm]);
+        res.heads.push_back(kv.v_heads[strm]);
+
+        move_cells(strm, cfg->budget);
+    }
+
+    return res;
+}
+
+void llama_edgekv_evictor::undo(const llama_edgekv_plan & plan) {
+    for (size_t i = 0; i < plan.strm.size(); ++i) {
+        kv.v_cells[plan.strm[i]] = plan.cells[i];
+        kv.v_heads[plan.strm[i]] = plan.heads[i];
+    }
+}
+
+// The first cells take over what the last ones claimed.
+void llama_edgekv_evictor::move_cells(uint32_t strm, uint32_t budget) {
+    auto & cells = kv.v_cells[strm];
+
+    const uint32_t     used   = cells.get_used();
+    const llama_seq_id seq_id = (llama_seq_id) strm;
+
+    GGML_ASSERT(used > budget && cells.used_max_p1() == used);
+
+    std::vector<std::pair<llama_pos, llama_kv_cell_ext>> last(budget);
+    for (uint32_t i = 0; i < budget; ++i) {
+        last[i] = { cells.pos_get(used - budget + i), cells.ext_get(used - budget + i) };
+    }
+
+    cells.reset();
+    for (uint32_t i = 0; i < budget; ++i) {
+        cells.pos_set(i, last[i].first);
+        cells.ext_set(i, last[i].second);
+        cells.seq_add(i, seq_id);
+    }
+    kv.v_heads[strm] = budget;
+}
+
+ggml_context_ptr llama_edgekv_evictor::graph_context() const {
+    // per layer: views of K and V, scores (two operators at most), choice, two moves
+    const size_t n_tensors = 16*kv.layers.size();
+
+    ggml_init_params params = {
+        /*.mem_size   =*/ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+    return ggml_context_ptr { ggml_init(params) };
+}
+
+ggml_cgraph * llama_edgekv_evictor::build_graph(
+        ggml_context * ctx, uint32_t strm, uint32_t n_used, uint32_t budget, std::vector<ggml_tensor *> & chosen) const {
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx, 16*kv.layers.size(), false);
+
+    for (size_t i = 0; i < kv.layers.size(); ++i) {
+        const auto & layer = kv.layers[i];
+
+        const int64_t n_head = kv.hparams.n_head_kv(layer.il);
+        const int64_t n_k    = kv.hparams.n_embd_head_k(layer.il);
+        const int64_t n_v    = kv.hparams.n_embd_head_v(layer.il);
+
+        ggml_tensor * k = layer.k_stream[strm];
+        ggml_tensor * v = layer.v_stream[strm];
+
+        ggml_tensor * keys = ggml_view_3d(ctx, k, n_k, n_head, n_used, ggml_row_size(k->type, n_k), k->nb[1], 0);
+
+        ggml_tensor * scores = cfg->policy->scores(ctx, keys, filters.empty() ? nullptr : filters[i]);
+        ggml_tensor * idx    = ggml_edgekv_choose(ctx, scores, n_head, cfg->n_keep, cfg->window, budget);
+
+        // read back for the true positions
+        ggml_set_output(idx);
+        chosen.push_back(idx);
+
+        ggml_tensor * values;
+        if (kv.v_trans) {
+            const size_t nb = ggml_type_size(v->type)*kv.get_size();
+            values = ggml_view_3d(ctx, v, n_used, n_v, n_head, nb, nb*n_v, 0);
+            values = ggml_permute(ctx, values, 2, 0, 1, 3);
+        } else {
+            values = ggml_view_3d(ctx, v, n_v, n_head, n_used, ggml_row_size(v->type, n_v), v->nb[1], 0);
+        }
+
+        ggml_build_forward_expand(gf, idx);
+        ggml_build_forward_expand(gf, ggml_edgekv_compact(ctx, keys,   idx));
+        ggml_build_forward_expand(gf, ggml_edgekv_compact(ctx, values, idx));
+    }
+
+    return gf;
+}
+
+bool llama_edgekv_evictor::run(const std::vector<uint32_t> & strms) {
+    for (uint32_t strm : strms) {
+        if (!run(strm, cfg->budget)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
+    // the last ubatch may still be computing on the same buffers
+    for (auto * backend : backends) {
+        ggml_backend_synchronize(backend);
+    }
+
+    const int64_t t_start = ggml_time_us();
+
+    const uint32_t used = n_used(strm);
+
+    for (auto * backend : backends) {
+        auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+        auto * set = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+        if (set) {
+            set(backend, n_threads);
+        }
+    }
+
+    ggml_context_ptr ctx = graph_context();
+    std::vector<ggml_tensor *> chosen;
+    ggml_cgraph * gf = build_graph(ctx.get(), strm, used, budget, chosen);
+
+    ggml_backend_sched_reset(sched.get());
+
+    if (!ggml_backend_sched_alloc_graph(sched.get(), gf) ||
+         ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+        llama_edgekv_set_error("the eviction could not be computed");
+        return false;
+    }
+
+    // what was where: an eviction may start from cells that an earlier one has filled
+    auto & st = streams[strm];
+
+    std::vector<std::vector<llama_pos>> moved(kv.layers.size());
+    std::vector<int32_t> idx;
+
+    for (size_t i = 0; i < kv.layers.size(); ++i) {
+        idx.resize(ggml_nelements(chosen[i]));
+        ggml_backend_tensor_get(chosen[i], idx.data(), 0, ggml_nbytes(chosen[i]));
+
+        moved[i].resize(idx.size());
+        for (size_t j = 0; j < idx.size(); ++j) {
+            moved[i][j] = true_position(strm, i, (uint32_t) (j/budget), idx[j]);
+        }
+    }
+
+    st.moved   = std::move(moved);
+    st.n_moved = budget;
+    st.floor   = std::max<llama_pos>(st.floor, n_past(strm) - (llama_pos) cfg->window);
+    st.n_evictions++;
+
+    move_cells(strm, budget);
+
+    t_us += ggml_time_us() - t_start;
+
+    return true;
+}
+
+llama_pos llama_edgekv_evictor::true_position(uint32_t strm, size_t i_layer, uint32_t i_head, uint32_t cell) const {
+    const auto & st = streams[strm];
+
+    if (cell < st.n_moved) {
+        const auto & moved = st.moved[i_layer];
+        return moved[i_head*(moved.size()/kv.hparams.n_head_kv(kv.layers[i_layer].il)) + cell];
+    }
+    return kv.v_cells[strm].pos_get(cell);
+}
+
+bool llama_edgekv_evictor::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    for (uint32_t strm = 0; strm < streams.size(); ++strm) {
+        if (seq_id >= 0 && kv.seq_to_stream[seq_id] != strm) {
+            continue;
+        }
+        const llama_pos n = n_past(strm);
+
+        const bool nothing = std::max(p0, 0) >= std::min(p1, n);
+        const bool all     = p0 <= 0 && p1 >= n;
+        const bool tail    = p1 >= n && p0 >= streams[strm].floor;
+
+        if (!nothing && !all && !tail) {
+            llama_edgekv_set_error(p1 < n ?
+                format("positions [%d, %d) are inside the evicted sequence %u: only tails can be removed", p0, p1, strm) :
+                format("tokens from position %d on cannot be removed from sequence %u: an eviction reaches up to %d",
+                        p0, strm, streams[strm].floor));
+            return false;
+        }
+    }
+    return true;
+}
+
+void llama_edgekv_evictor::removed() {
+    for (uint32_t strm = 0; strm < streams.size(); ++strm) {
+        auto & st = streams[strm];
+
+        const uint32_t used = n_used(strm);
+        if (used == 0) {
+            const uint64_t n_evictions = st.n_evictions;
+            st = {};
+            st.n_evictions = n_evictions;
+        } else {
+            st.n_moved = std::min(st.n_moved, used);
+        }
+    }
+}
+
+bool llama_edgekv_evictor::can_copy(llama_seq_id src, llama_seq_id dst, llama_pos & p0, llama_pos & p1) const {
+    if (src == dst) {
+        return false;
+    }
+    if (p0 > 0 || (p1 >= 0 && p1 < n_past(kv.seq_to_stream[src]))) {
+        llama_edgekv_set_error("only whole sequences can be copied where eviction is on");
+        return false;
+    }
+    p0 = -1;
+    p1 = -1;
+    return true;
+}
+
+void llama_edgekv_evictor::copied(uint32_t s_src, uint32_t s_dst) {
+    streams[s_dst] = streams[s_src];
+}
+
+void llama_edgekv_evictor::cleared() {
+    removed();
+}

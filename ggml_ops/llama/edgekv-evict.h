@@ -1,0 +1,113 @@
+#pragma once
+
+// Eviction in one llama_kv_cache: when it is due, which cells stay, how rows move, what may be removed afterwards.
+//
+// The state it relies on: in every stream the used cells are the first ones, and they claim the last positions of the
+// sequence in ascending order. It holds because cells are filled in order, only tails can be removed, and an eviction
+// restores it.
+//
+// An eviction has two halves. The metadata half (which positions the cells claim) needs no data and is what
+// llama_kv_cache::prepare() plays through when it plans the ubatches of a batch, and takes back. The data half (scores,
+// choice, moving rows) runs when the ubatch is applied. A later ubatch that fails leaves earlier evictions done.
+
+#include "edgekv-settings.h"
+
+#include "ggml-cpp.h"
+#include "llama-kv-cells.h"
+
+#include <map>
+#include <utility>
+#include <vector>
+
+class  llama_kv_cache;
+struct llama_model;
+struct llama_ubatch;
+
+// streams to be evicted before a ubatch, and how their metadata was before
+struct llama_edgekv_plan {
+    bool ok = true;
+
+    std::vector<uint32_t>       strm;
+    std::vector<llama_kv_cells> cells;
+    std::vector<uint32_t>       heads;
+};
+
+class llama_edgekv_evictor {
+public:
+    // throws std::runtime_error where a device cannot run the operators or the filters do not fit the cache
+    llama_edgekv_evictor(
+            llama_kv_cache & kv,
+            const llama_model & model,
+            const llama_cparams & cparams,
+            std::vector<ggml_backend_t> backends,
+            std::vector<ggml_backend_buffer_type_t> bufts);
+
+    // metadata half: evict what has to go before this ubatch; not ok if the ubatch would exceed the context
+    llama_edgekv_plan plan(const llama_ubatch & ubatch);
+    void              undo(const llama_edgekv_plan & plan);
+
+    // both halves, for the streams that plan() named (or one, down to a budget)
+    bool run(const std::vector<uint32_t> & strm);
+    bool run(uint32_t strm, uint32_t budget);
+
+    // the rule for removal; true: go ahead. Otherwise the error is set and the cache must stay as it is.
+    bool can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    void removed();
+
+    // whole sequences can be copied to another stream; normalises the range
+    bool can_copy(llama_seq_id src, llama_seq_id dst, llama_pos & p0, llama_pos & p1) const;
+    void copied(uint32_t s_src, uint32_t s_dst);
+
+    void cleared();
+
+    llama_pos true_position(uint32_t strm, size_t i_layer, uint32_t i_head, uint32_t cell) const;
+
+    const llama_edgekv_settings & settings() const { return *cfg; }
+
+    llama_pos floor(uint32_t strm)       const { return streams[strm].floor; }
+    uint64_t  n_evictions(uint32_t strm) const { return streams[strm].n_evictions; }
+    uint64_t  evict_us()                 const { return t_us; }
+    size_t    scratch_bytes()            const;
+
+private:
+    struct stream {
+        llama_pos floor       = 0;
+        uint64_t  n_evictions = 0;
+
+        // true positions of the cells that the last eviction filled, [layer][head*n + cell]; later cells claim theirs
+        uint32_t                            n_moved = 0;
+        std::vector<std::vector<llama_pos>> moved;
+    };
+
+    uint32_t  n_used(uint32_t strm) const;
+    llama_pos n_past(uint32_t strm) const;
+
+    void move_cells(uint32_t strm, uint32_t budget);
+
+    ggml_cgraph * build_graph(ggml_context * ctx, uint32_t strm, uint32_t n_used, uint32_t budget, std::vector<ggml_tensor *> & chosen) const;
+    ggml_context_ptr graph_context() const;
+
+    void load_filters();
+    void check_devices(ggml_cgraph * gf) const;
+
+    llama_kv_cache & kv;
+
+    const llama_edgekv_settings_ptr cfg;
+
+    const uint32_t n_ctx_seq;
+    const uint32_t n_ubatch;
+    const int32_t  n_threads;
+
+    std::vector<ggml_backend_t> backends;
+    ggml_backend_sched_ptr      sched;
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> filter_bufs;
+    std::vector<ggml_tensor *>                                        filters; // per cache layer, or empty
+
+    std::vector<stream> streams;
+
+    uint64_t t_us = 0;
+};
+
+// Throws std::runtime_error if the model, its cache or the context cannot be evicted from.
+void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams, const struct llama_memory_i * memory);

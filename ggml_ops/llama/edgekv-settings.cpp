@@ -1,0 +1,94 @@
+#include "edgekv-settings.h"
+
+#include "edgekv-tap.h"
+#include "llama-cparams.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+static thread_local std::string               last_error;
+static thread_local llama_edgekv_settings_ptr next_settings;
+
+void llama_edgekv_set_error(std::string text) {
+    last_error = std::move(text);
+}
+
+const char * llama_edgekv_last_error(void) {
+    return last_error.c_str();
+}
+
+void llama_edgekv_clear_error(void) {
+    last_error.clear();
+}
+
+llama_edgekv_settings_ptr llama_edgekv_take_settings() {
+    return std::move(next_settings);
+}
+
+static bool refuse(std::string text) {
+    llama_edgekv_set_error(std::move(text));
+    return false;
+}
+
+bool llama_edgekv_set_next(const llama_edgekv_params * params) {
+    next_settings.reset();
+
+    if (!params) {
+        return true;
+    }
+    if (params->struct_size != sizeof(llama_edgekv_params)) {
+        return refuse("llama_edgekv_params has another size here: the bindings and the library are of different versions");
+    }
+
+    auto s = std::make_shared<llama_edgekv_settings>();
+
+    if (params->policy && strcmp(params->policy, "none") != 0) {
+        s->policy = llama_edgekv_policy_find(params->policy);
+        if (!s->policy) {
+            return refuse(std::string("unknown eviction policy '") + params->policy + "'");
+        }
+        if (params->mode != LLAMA_EDGEKV_MODE_BOUNDED && params->mode != LLAMA_EDGEKV_MODE_PROMPT) {
+            return refuse("unknown eviction mode " + std::to_string(params->mode));
+        }
+        if (params->budget == 0) {
+            return refuse("the eviction budget must be at least 1 token");
+        }
+        if ((uint64_t) params->n_keep + params->window > params->budget) {
+            return refuse("keep (" + std::to_string(params->n_keep) + ") + window (" + std::to_string(params->window) +
+                          ") exceed the budget (" + std::to_string(params->budget) + ")");
+        }
+        if (s->policy->needs_filters) {
+            if (!params->filters || params->n_filters == 0) {
+                return refuse(std::string("policy '") + s->policy->name + "' needs filters");
+            }
+            s->filters.assign(params->filters, params->filters + params->n_filters);
+            if (!std::all_of(s->filters.begin(), s->filters.end(), [](float x) { return std::isfinite(x); })) {
+                return refuse("the filters hold values that are not finite");
+            }
+        }
+
+        s->mode   = (llama_edgekv_mode) params->mode;
+        s->budget = params->budget;
+        s->window = params->window;
+        s->n_keep = params->n_keep;
+    }
+
+    if (params->tap_queries) {
+        s->tap = std::make_shared<llama_edgekv_tap>();
+    }
+
+    next_settings = std::move(s);
+    return true;
+}
+
+uint32_t llama_edgekv_kv_size(const llama_cparams & cparams) {
+    const auto & s = cparams.edgekv;
+
+    if (!s || !s->policy || s->mode != LLAMA_EDGEKV_MODE_BOUNDED) {
+        return cparams.n_ctx_seq;
+    }
+    const uint64_t wanted = std::min<uint64_t>(cparams.n_ctx_seq, (uint64_t) s->budget + cparams.n_ubatch);
+
+    return (uint32_t) std::min<uint64_t>(cparams.n_ctx_seq, GGML_PAD(wanted, 256));
+}

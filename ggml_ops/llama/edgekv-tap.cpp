@@ -1,0 +1,92 @@
+#include "edgekv-tap.h"
+
+#include "edgekv-settings.h"
+#include "llama-cparams.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+static const char TAP_PREFIX[] = "edgekv_query-";
+
+void llama_edgekv_tap_query(const llama_cparams & cparams, ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, int il) {
+    if (!cparams.edgekv || !cparams.edgekv->tap) {
+        return;
+    }
+    ggml_tensor * copy = ggml_cont(ctx, q);
+    ggml_format_name(copy, "%s%d", TAP_PREFIX, il);
+    ggml_build_forward_expand(gf, copy);
+}
+
+// moments += sum over tokens of q q^T. A block of tokens is summed in float, then added in double: fast, and the error
+// does not grow with the length of the text. The order is fixed, so the result does not depend on the threads.
+static void add_head(llama_edgekv_tap & tap, llama_edgekv_tap::layer & layer, int64_t h, int64_t n_tokens) {
+    constexpr int64_t BLOCK = 64;
+    constexpr int64_t STEP  = 4; // tokens per pass over the block's matrix, which is what the loop waits for
+
+    const int64_t n      = layer.n_embd;
+    const int64_t stride = n*layer.n_head;
+
+    double * moment = layer.moments.data() + h*n*n;
+    double * sum    = layer.sums.data()    + h*n;
+
+    const std::vector<float> zero(n, 0.0f); // stands in for the tokens that a last step lacks
+
+    tap.block.resize(n*n);
+    float * acc = tap.block.data();
+
+    for (int64_t t0 = 0; t0 < n_tokens; t0 += BLOCK) {
+        const int64_t t1 = std::min(n_tokens, t0 + BLOCK);
+
+        std::fill(acc, acc + n*n, 0.0f);
+        for (int64_t t = t0; t < t1; t += STEP) {
+            const float * q[STEP];
+            for (int64_t s = 0; s < STEP; ++s) {
+                q[s] = t + s < t1 ? tap.queries.data() + (t + s)*stride + h*n : zero.data();
+            }
+            for (int64_t i = 0; i < n; ++i) {
+                const float a = q[0][i], b = q[1][i], c = q[2][i], d = q[3][i];
+                float * row = acc + i*n;
+                for (int64_t j = 0; j < n; ++j) {
+                    row[j] += a*q[0][j] + b*q[1][j] + c*q[2][j] + d*q[3][j];
+                }
+                sum[i] += (double) a + b + c + d;
+            }
+        }
+        for (int64_t i = 0; i < n*n; ++i) {
+            moment[i] += acc[i];
+        }
+    }
+}
+
+bool llama_edgekv_tap_eval(ggml_tensor * t, bool ask, void * user_data) {
+    const size_t n_prefix = sizeof(TAP_PREFIX) - 1;
+
+    const bool ours = strncmp(t->name, TAP_PREFIX, n_prefix) == 0;
+    if (ask) {
+        return ours;
+    }
+    if (!ours || t->type != GGML_TYPE_F32) {
+        return true;
+    }
+
+    auto & tap   = *(llama_edgekv_tap *) user_data;
+    auto & layer = tap.layers[atoi(t->name + n_prefix)];
+
+    if (layer.moments.empty()) {
+        layer.n_embd = t->ne[0];
+        layer.n_head = t->ne[1];
+        layer.moments.resize(layer.n_head*layer.n_embd*layer.n_embd);
+        layer.sums.resize(layer.n_head*layer.n_embd);
+    }
+
+    tap.queries.resize(ggml_nelements(t));
+    ggml_backend_tensor_get(t, tap.queries.data(), 0, ggml_nbytes(t));
+
+    for (int64_t h = 0; h < layer.n_head; ++h) {
+        add_head(tap, layer, h, t->ne[2]);
+    }
+    layer.count += t->ne[2];
+
+    return true;
+}

@@ -1,0 +1,37 @@
+#pragma once
+
+// Calibration: collects the second moments of the post-RoPE queries while a context reads text. The graph hands over
+// each layer's queries as a node of a known name; the scheduler's eval callback reads them, so nothing is kept but
+// one matrix per query head, however long the text.
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+struct llama_cparams;
+
+struct llama_edgekv_tap {
+    struct layer {
+        int64_t n_embd = 0; // head size
+        int64_t n_head = 0;
+        int64_t count  = 0; // queries per head
+
+        std::vector<double> moments; // [n_head][n_embd][n_embd], sum q q^T
+        std::vector<double> sums;    // [n_head][n_embd]
+    };
+
+    std::map<int, layer> layers; // by layer of the model
+
+    // scratch of the callback
+    std::vector<float> queries;
+    std::vector<float> block;
+};
+
+// Adds the tap to a graph, if the context has one. q is [head_size, n_head, n_tokens], as it meets unrotated keys.
+void llama_edgekv_tap_query(const llama_cparams & cparams, ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, int il);
+
+// ggml_backend_sched_eval_callback; user_data is the llama_edgekv_tap
+bool llama_edgekv_tap_eval(ggml_tensor * t, bool ask, void * user_data);

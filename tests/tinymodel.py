@@ -1,0 +1,83 @@
+"""Tiny random models of the llama architecture that llama.cpp loads and runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+def write_tiny_model(path: str | os.PathLike[str], *, n_layer: int = 2, n_embd: int = 64, n_head: int = 4,
+                     n_head_kv: int = 2, head_size: int = 32, n_ff: int = 96, n_vocab: int = 320, n_ctx: int = 4096,
+                     dtype: str = "f32", tokenizer: str = "spm", seed: int = 0, arch: str = "llama",
+                     scale: float = 1.0) -> Path:
+    """Write a random model and return its path; the same arguments give the same bytes.
+
+    ``head_size`` need not be ``n_embd / n_head``. ``dtype`` of the matrices: ``f32`` or ``f16`` (norms are F32 either
+    way). ``tokenizer``: ``spm`` (bytes as tokens, so any text has tokens; needs 259 or more) or ``none`` (ids only).
+    ``scale`` stretches the Q and K weights: larger makes attention more peaked.
+    """
+    rng = np.random.default_rng(seed)
+    w = gguf.GGUFWriter(os.fspath(path), arch)
+    w.add_name("tiny")
+    w.add_block_count(n_layer)
+    w.add_context_length(n_ctx)
+    w.add_embedding_length(n_embd)
+    w.add_feed_forward_length(n_ff)
+    w.add_head_count(n_head)
+    w.add_head_count_kv(n_head_kv)
+    w.add_key_length(head_size)
+    w.add_value_length(head_size)
+    w.add_rope_dimension_count(head_size)
+    w.add_rope_freq_base(10000.0)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_vocab_size(n_vocab)
+    if tokenizer == "spm":
+        tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
+        kinds = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.BYTE] * 256
+        if n_vocab < len(tokens):
+            raise ValueError(f"an spm vocabulary needs at least {len(tokens)} tokens")
+        tokens += [f"▁w{i}" for i in range(n_vocab - len(tokens))]
+        kinds += [gguf.TokenType.NORMAL] * (n_vocab - len(kinds))
+        w.add_tokenizer_model("llama")
+        w.add_token_list(tokens)
+        w.add_token_scores([-float(i) for i in range(n_vocab)])
+        w.add_token_types(kinds)
+        w.add_bos_token_id(1)
+        w.add_eos_token_id(2)
+        w.add_unk_token_id(0)
+    elif tokenizer == "none":
+        w.add_tokenizer_model("none")
+    else:
+        raise ValueError(f"unknown tokenizer {tokenizer!r}")
+
+    matrix_type = {"f32": np.float32, "f16": np.float16}[dtype]
+
+    def matrix(name: str, rows: int, columns: int, factor: float = 1.0) -> None:
+        values = rng.standard_normal((rows, columns), dtype=np.float32) * (factor / np.sqrt(columns))
+        w.add_tensor(name, values.astype(matrix_type))
+
+    def norm(name: str) -> None:
+        w.add_tensor(name, 1 + 0.1 * rng.standard_normal(n_embd, dtype=np.float32))
+
+    # the embedding's rows have about unit norm per channel, as if normalised
+    matrix("token_embd.weight", n_vocab, n_embd, float(np.sqrt(n_embd)))
+    norm("output_norm.weight")
+    matrix("output.weight", n_vocab, n_embd)
+    for il in range(n_layer):
+        norm(f"blk.{il}.attn_norm.weight")
+        matrix(f"blk.{il}.attn_q.weight", n_head * head_size, n_embd, scale)
+        matrix(f"blk.{il}.attn_k.weight", n_head_kv * head_size, n_embd, scale)
+        matrix(f"blk.{il}.attn_v.weight", n_head_kv * head_size, n_embd)
+        matrix(f"blk.{il}.attn_output.weight", n_embd, n_head * head_size)
+        norm(f"blk.{il}.ffn_norm.weight")
+        matrix(f"blk.{il}.ffn_gate.weight", n_ff, n_embd)
+        matrix(f"blk.{il}.ffn_up.weight", n_ff, n_embd)
+        matrix(f"blk.{il}.ffn_down.weight", n_embd, n_ff)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return Path(path)
