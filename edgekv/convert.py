@@ -7,16 +7,15 @@ before the tensor data differ. Offsets of tensors count from the start of the te
 
 from __future__ import annotations
 
-import errno
 import os
-import secrets
-import shutil
+import stat
 import struct
 from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
 
+from edgekv import atomic
 from edgekv.errors import EdgekvError
 from edgekv.filters import PREFIX, QFilters
 from edgekv.gguf_file import ARRAY, GGUF, MAGIC, SCALARS, STRING
@@ -73,34 +72,20 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], filters: Q
         raise EdgekvError(f"{src}: converting Hugging Face folders comes with a later version; pass a .gguf file")
     gguf = GGUF(src)
     filters.validate(gguf)
-    dst = Path(os.path.realpath(dst))  # through a link, so that the rename replaces the file and not the link
-    if dst.is_dir():
-        raise EdgekvError(f"{dst}: is a folder; name a file with -o")
 
-    # named before it exists: an interrupt may come right after the system has made it
-    temporary = dst.parent / f".{dst.name}.{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "xb") as out:
-            done = 0
-            for data in _pieces(gguf, filters):
-                out.write(data)
-                done += len(data)
-                if progress is not None:
-                    progress(min(done, gguf.size), gguf.size)
-            out.flush()
-            os.fsync(out.fileno())
-        shutil.copymode(src, temporary)
-        os.replace(temporary, dst)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EdgekvError(f"{dst}: the disk is full; free {_size(gguf.size)} or write elsewhere with -o") from None
-        raise EdgekvError(f"{dst}: cannot be written: {e.strerror or e}") from None
-    finally:
-        try:
-            os.unlink(temporary)
-        except OSError:
-            pass  # renamed or never made; and if it cannot be removed, the reason for being here matters more
+    def counted() -> Iterator[bytes]:
+        done = 0
+        for data in _pieces(gguf, filters):
+            yield data
+            done += len(data)
+            if progress is not None:
+                progress(min(done, gguf.size), gguf.size)
+
+    atomic.write(dst, counted(), mode=stat.S_IMODE(os.stat(src).st_mode))
 
 
-def _size(n: int) -> str:
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+def save_filters(dst: str | os.PathLike[str], gguf: GGUF, filters: QFilters) -> None:
+    """Write filters alone: a GGUF without tensors that ``convert --qfilters`` takes. EdgekvError as :func:`convert`."""
+    items = [("general.architecture", STRING, None, gguf.architecture), *filters.metadata()]
+    header = MAGIC + struct.pack("<IQQ", 3, 0, len(items))
+    atomic.write(dst, [header, *(encode_kv(*item) for item in items)])

@@ -85,9 +85,38 @@ class Llama(llama_cpp.Llama):
         """Evict now, down to ``budget`` tokens per KV head (0: the context's own). Returns how many left each head."""
         return native.evict(self.ctx, 0, budget)
 
+    def set_keep(self, n_keep: int) -> None:
+        """Keep the first ``n_keep`` tokens from the next eviction on, say a system prompt."""
+        native.set_keep(self.ctx, n_keep)
+
     def kept_positions(self, layer: int, kv_head: int) -> np.ndarray:
         """True positions of the tokens that this cache layer and KV head hold, int32, ascending."""
         return native.positions(self.ctx, 0, layer, kv_head)
+
+    def chat_tokens(self, messages: list[dict]) -> list[int]:
+        """The tokens that :meth:`create_chat_completion` would read for these messages."""
+
+        class Captured(Exception):
+            pass
+
+        def capture(*_args, prompt, **_kwargs):
+            raise Captured(prompt)
+
+        # whichever handler formats the messages, it ends in create_completion
+        self.create_completion = capture
+        try:
+            self.create_chat_completion(messages)
+        except Captured as captured:
+            prompt = captured.args[0]
+            return list(prompt) if not isinstance(prompt, str) else self.tokenize(prompt.encode(), special=True)
+        finally:
+            del self.create_completion
+        raise EdgekvError("the chat format reads no prompt")
+
+    def system_tokens(self, messages: list[dict]) -> int:
+        """How many of the first tokens do not depend on what the user says after these messages."""
+        a, b = (self.chat_tokens([*messages, {"role": "user", "content": word}]) for word in ("a", "0"))
+        return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
     def save_state(self):
         self._refuse_state()
@@ -100,6 +129,11 @@ class Llama(llama_cpp.Llama):
     def _refuse_state(self) -> None:
         if self.eviction.policy != "none":
             raise EdgekvError("the state of a context with eviction cannot be saved or loaded yet")
+
+    def __del__(self) -> None:
+        # an argument may have been refused before the bindings set anything up
+        if hasattr(self, "_stack"):
+            super().__del__()
 
     def __getstate__(self):
         raise EdgekvError("edgekv.Llama cannot be pickled: create it anew in the other process")

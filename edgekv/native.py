@@ -104,6 +104,7 @@ _set_next = _bind("llama_edgekv_set_next", ctypes.c_bool, ctypes.POINTER(_Params
 _last_error = _bind("llama_edgekv_last_error", ctypes.c_char_p)
 _clear_error = _bind("llama_edgekv_clear_error", None)
 _evict = _bind("llama_edgekv_evict", _i64, _ctx_p, _i32, _u32)
+_set_keep = _bind("llama_edgekv_set_keep", ctypes.c_bool, _ctx_p, _u32)
 _get_stats = _bind("llama_edgekv_get_stats", ctypes.c_bool, _ctx_p, _i32, ctypes.POINTER(_Stats))
 _n_layers = _bind("llama_edgekv_n_layers", _i32, _ctx_p)
 _get_layer = _bind("llama_edgekv_get_layer", ctypes.c_bool, _ctx_p, _i32, ctypes.POINTER(_Layer))
@@ -163,6 +164,13 @@ def evict(ctx, seq_id: int = 0, budget: int = 0) -> int:
     if n < 0:
         raise _fail("the eviction failed")
     return n
+
+
+def set_keep(ctx, n_keep: int) -> None:
+    """Keep the first ``n_keep`` tokens from the next eviction on."""
+    clear_error()
+    if not _set_keep(ctx, n_keep):
+        raise _fail("keep was refused")
 
 
 def stats(ctx, seq_id: int = -1) -> CacheStats:

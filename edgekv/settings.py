@@ -88,6 +88,8 @@ def parse_budget(text: int | str, *, n_ctx: int, bytes_per_token: int = 0) -> in
     text = str(text).strip()
     error = EdgekvError(f"--kv-budget {text}: give tokens (2048), a share of the context (x8) or a size (1.5GiB)")
 
+    if len(text) > 20:
+        raise error
     if match := re.fullmatch(r"-?\d+", text):
         tokens = int(text)
     elif match := re.fullmatch(r"[xX](\d+(?:\.\d+)?)", text):

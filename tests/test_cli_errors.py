@@ -162,7 +162,7 @@ def test_convert_calibrates(model, tmp_path, monkeypatch):
     text = tmp_path / "t.txt"
     text.write_text("words")
     assert edgekv("convert", model, "--with-qfilters", "--text", text, "-t", 2).exit_code == 0
-    assert calls == [(str(model), {"text_files": [str(text)], "n_threads": 2, "progress": True})]
+    assert calls == [(str(model), {"text_files": (str(text),), "n_threads": 2, "progress": True})]
     assert filters.read(GGUF(tmp_path / "tiny-qfilters.gguf")) is not None
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 from typing import Any, Callable
 
 import click
+
+from edgekv.errors import EdgekvError
 
 
 def model_option(function: Callable[..., Any] | None = None, *, resolve: bool = True) -> Callable[..., Any]:
@@ -35,6 +39,21 @@ def model_option(function: Callable[..., Any] | None = None, *, resolve: bool = 
         return function(*args, **kwargs)
 
     return command
+
+
+def checked_output(output: str | None, model: Path, suffix: str) -> Path:
+    """The file to write: ``-o``, else the model's name with ``suffix`` before ``.gguf``.
+
+    Checked before minutes of work, not after: EdgekvError if it cannot be written there.
+    """
+    stem = model.name[:-5] if model.name.lower().endswith(".gguf") else model.name
+    path = Path(output) if output else model.with_name(f"{stem}{suffix}.gguf")
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise EdgekvError(f"-o {path}: is a folder; name a file")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise EdgekvError(f"-o {path}: {folder} is no folder that can be written to")
+    return path
 
 
 def format_bytes(n: float) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
-from edgekv.cli.common import format_bytes, model_option
+from edgekv.cli.common import checked_output, format_bytes, model_option
 from edgekv.errors import EdgekvError
 
 
@@ -40,13 +39,7 @@ def convert(model: str, with_qfilters: bool, source: str | None, output: str | N
             raise EdgekvError(f"--text {text}: no such file")
 
     gguf = GGUF(model)
-    path = Path(output) if output else default_output(Path(model))
-    # before minutes of calibration, not after
-    folder = path.resolve().parent
-    if path.is_dir():
-        raise EdgekvError(f"-o {path}: is a folder; name a file")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise EdgekvError(f"-o {path}: {folder} is no folder that can be written to")
+    path = checked_output(output, Path(model), "-qfilters")
 
     filters = filters_from(source, gguf) if source is not None else _calibrate(model, texts, threads)
     with bar(f"writing {format_bytes(gguf.size)}", gguf.size, "B") as advance:
@@ -59,11 +52,6 @@ def convert(model: str, with_qfilters: bool, source: str | None, output: str | N
 
         write(model, path, filters, progress)
     click.echo(path)
-
-
-def default_output(model: Path) -> Path:
-    stem = model.name[:-5] if model.name.lower().endswith(".gguf") else model.name
-    return model.with_name(f"{stem}-qfilters.gguf")
 
 
 def filters_from(source: str, gguf):
@@ -88,4 +76,4 @@ def filters_from(source: str, gguf):
 def _calibrate(model: str, texts: tuple[str, ...], threads: int | None):
     from edgekv.calibrate import calibrate
 
-    return calibrate(model, text_files=list(texts) or None, n_threads=threads, progress=True)
+    return calibrate(model, text_files=texts, n_threads=threads, progress=True)

@@ -82,6 +82,10 @@ LLAMA_API void         llama_edgekv_clear_error(void);
 // sequence's floor to n - window.
 LLAMA_API int64_t llama_edgekv_evict(struct llama_context * ctx, llama_seq_id seq_id, uint32_t budget);
 
+// Keep the first n_keep tokens from the next eviction on: a system prompt's length is known only after the context
+// exists. False if n_keep + window exceed the budget, or without eviction.
+LLAMA_API bool llama_edgekv_set_keep(struct llama_context * ctx, uint32_t n_keep);
+
 // Statistics of one sequence, or of all (seq_id -1). Works for contexts without settings too (floor and evictions 0).
 LLAMA_API bool llama_edgekv_get_stats(struct llama_context * ctx, llama_seq_id seq_id, struct llama_edgekv_stats * stats);
 

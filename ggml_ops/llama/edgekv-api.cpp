@@ -53,7 +53,32 @@ view sequence(llama_context * ctx, llama_seq_id seq_id, int32_t i_layer) {
     return res;
 }
 
+bool fits(uint32_t n_keep, uint32_t window, uint32_t budget) {
+    if ((uint64_t) n_keep + window > budget) {
+        llama_edgekv_set_error(format("keep (%u) + window (%u) exceed the budget (%u)", n_keep, window, budget));
+        return false;
+    }
+    return true;
+}
+
 } // namespace
+
+bool llama_edgekv_set_keep(llama_context * ctx, uint32_t n_keep) {
+    auto * kv = plain_cache(ctx);
+    if (!kv) {
+        return false;
+    }
+    auto * evict = kv->get_evict();
+    if (!evict) {
+        llama_edgekv_set_error("the context was created without an eviction policy");
+        return false;
+    }
+    if (!fits(n_keep, evict->settings().window, evict->settings().budget)) {
+        return false;
+    }
+    evict->set_keep(n_keep);
+    return true;
+}
 
 int64_t llama_edgekv_evict(llama_context * ctx, llama_seq_id seq_id, uint32_t budget) {
     const view v = sequence(ctx, seq_id, 0);
@@ -70,8 +95,7 @@ int64_t llama_edgekv_evict(llama_context * ctx, llama_seq_id seq_id, uint32_t bu
     if (budget == 0) {
         budget = cfg.budget;
     }
-    if ((uint64_t) cfg.n_keep + cfg.window > budget) {
-        llama_edgekv_set_error(format("keep (%u) + window (%u) exceed the budget (%u)", cfg.n_keep, cfg.window, budget));
+    if (!fits(evict->n_keep(), cfg.window, budget)) {
         return -1;
     }
     if (v.used <= budget) {

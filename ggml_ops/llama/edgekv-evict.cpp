@@ -61,6 +61,7 @@ llama_edgekv_evictor::llama_edgekv_evictor(
         std::vector<ggml_backend_buffer_type_t> bufts) :
     kv(kv),
     cfg(cparams.edgekv),
+    keep(cfg->n_keep),
     n_ctx_seq(cparams.n_ctx_seq),
     n_ubatch(cparams.n_ubatch),
     n_threads(cparams.n_threads_batch),
@@ -306,7 +307,7 @@ ggml_cgraph * llama_edgekv_evictor::build_graph(
         ggml_tensor * keys = ggml_view_3d(ctx, k, n_k, n_head, n_used, ggml_row_size(k->type, n_k), k->nb[1], 0);
 
         ggml_tensor * scores = cfg->policy->scores(ctx, keys, filters.empty() ? nullptr : filters[i]);
-        ggml_tensor * idx    = ggml_edgekv_choose(ctx, scores, n_head, cfg->n_keep, cfg->window, budget);
+        ggml_tensor * idx    = ggml_edgekv_choose(ctx, scores, n_head, keep, cfg->window, budget);
 
         // read back for the true positions
         ggml_set_output(idx);

@@ -60,6 +60,9 @@ public:
 
     void cleared();
 
+    uint32_t n_keep() const { return keep; }
+    void     set_keep(uint32_t n_keep) { keep = n_keep; }
+
     llama_pos true_position(uint32_t strm, size_t i_layer, uint32_t i_head, uint32_t cell) const;
 
     const llama_edgekv_settings & settings() const { return *cfg; }
@@ -93,6 +96,8 @@ private:
     llama_kv_cache & kv;
 
     const llama_edgekv_settings_ptr cfg;
+
+    uint32_t keep; // the settings' n_keep, until set_keep()
 
     const uint32_t n_ctx_seq;
     const uint32_t n_ubatch;

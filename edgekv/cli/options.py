@@ -1,0 +1,199 @@
+"""The options of a context and of sampling, under llama.cpp's names, and what a command makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from edgekv.cli.common import format_bytes
+from edgekv.errors import EdgekvError
+from edgekv.settings import POLICIES, parse_budget
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+
+def _help_all(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        for param in ctx.command.params:
+            if isinstance(param, click.Option):
+                param.hidden = False
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+def _apply(options: list[Callable], function: Callable) -> Callable:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def rare(*args: Any, **kwargs: Any) -> Callable:
+    """An option that only ``--help-all`` lists."""
+    return click.option(*args, hidden=True, **kwargs)
+
+
+_help_all_option = click.option(
+    "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all, help="Show the rarer options too."
+)
+
+_eviction_options = [
+    click.option("--kv-evict", type=click.Choice(("auto", *POLICIES)), default="auto", show_default=True,
+                 help="Which tokens stay in the KV cache. auto: all of them if they fit the free memory."),
+    click.option("--kv-budget", metavar="N|xN|SIZE",
+                 help="Tokens kept by an eviction: 2048, x8 (context / 8) or 1.5GiB."),
+    rare("--kv-window", type=int, metavar="N", help="Last tokens, always kept [default: min(256, budget / 4)]."),
+    rare("--keep", type=int, metavar="N", help="First tokens, always kept [default: the system prompt, else 4]."),
+]
+
+_context_options = [
+    click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0,
+                 help="Tokens of context [default: what the model was trained on]."),
+    click.option("-t", "--threads", "n_threads", type=click.IntRange(min=1), help="Threads [default: all cores]."),
+    click.option("-ngl", "--n-gpu-layers", "n_gpu_layers", type=int, default=0, show_default=True,
+                 help="Layers on the GPU."),
+    click.option("-ctk", "--cache-type-k", "type_k", type=click.Choice(CACHE_TYPES), default="f16", show_default=True,
+                 help="Type of K in the cache."),
+    click.option("-ctv", "--cache-type-v", "type_v", type=click.Choice(CACHE_TYPES), default="f16", show_default=True,
+                 help="Type of V in the cache; quantised types need -fa on."),
+    rare("-fa", "--flash-attn", "flash_attn", type=click.Choice(("on", "off", "auto")), default="auto",
+         show_default=True, help="Flash attention. auto: on a GPU and for quantised V."),
+    rare("-b", "--batch-size", "n_batch", type=click.IntRange(min=1), default=512, show_default=True,
+         help="Tokens per call of the prompt."),
+    rare("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=1), default=512, show_default=True,
+         help="Tokens computed at once; a bounded cache has room for one ubatch behind the budget."),
+]
+
+_sampling_options = [
+    click.option("-n", "--predict", "--n-predict", "n_predict", type=int, default=-1, show_default=True,
+                 help="Tokens to answer with at most, -1: until the model stops."),
+    click.option("--temp", type=float, default=0.8, show_default=True, help="Temperature, 0: always the likeliest."),
+    click.option("-s", "--seed", type=int, default=-1, show_default=True, help="Seed, -1: random."),
+    rare("--top-k", type=int, default=40, show_default=True, help="Sample among the k likeliest, 0: all."),
+    rare("--top-p", type=float, default=0.95, show_default=True, help="Sample among those that sum up to p."),
+    rare("--min-p", type=float, default=0.05, show_default=True, help="Drop what is less likely than p times the best."),
+    rare("--repeat-penalty", type=float, default=1.0, show_default=True, help="Penalty for repetitions, 1: none."),
+    rare("--presence-penalty", type=float, default=0.0, show_default=True, help="Penalty for tokens seen before."),
+    rare("--frequency-penalty", type=float, default=0.0, show_default=True, help="Penalty per time seen before."),
+]
+
+
+def context_options(function: Callable) -> Callable:
+    """Adds the options of a context; the command gets them as keyword arguments for :func:`open_llama`."""
+    return _apply([*_eviction_options, *_context_options, _help_all_option], function)
+
+
+def sampling_options(function: Callable) -> Callable:
+    """Adds the options of sampling; the command gets them as keyword arguments for :class:`Sampling`."""
+    return _apply(_sampling_options, function)
+
+
+@dataclass
+class Sampling:
+    """What the sampling options say, in the words of the bindings."""
+
+    n_predict: int = -1
+    temp: float = 0.8
+    seed: int = -1
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    names: dict[str, str] = field(default_factory=lambda: {"temp": "temperature", "n_predict": "max_tokens"}, repr=False)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for ``create_completion`` and ``create_chat_completion``."""
+        values = {self.names.get(k, k): v for k, v in vars(self).items() if k != "names"}
+        if values["max_tokens"] < 0:
+            values["max_tokens"] = None
+        if values["seed"] < 0:
+            values["seed"] = None
+        return values
+
+
+def open_llama(
+    model: str,
+    *,
+    kv_evict: str,
+    kv_budget: str | None,
+    kv_window: int | None,
+    keep: int | None,
+    n_ctx: int,
+    n_threads: int | None,
+    n_gpu_layers: int,
+    type_k: str,
+    type_v: str,
+    flash_attn: str,
+    n_batch: int,
+    n_ubatch: int,
+    say: Callable[[str], None] = lambda line: None,
+):
+    """A ready ``edgekv.Llama``; ``say`` gets one line about what ``auto`` decided."""
+    from edgekv.gguf_file import GGUF
+    from edgekv.llama import Llama
+    from edgekv.session import CACHE_TYPES as GGML_TYPES
+    from edgekv.session import default_threads
+
+    gguf = GGUF(model)
+    n_ctx = n_ctx or gguf.context_length
+    if flash_attn == "off" and type_v not in ("f32", "f16", "bf16"):
+        raise EdgekvError(f"-ctv {type_v}: a quantised V needs flash attention, drop -fa off")
+    if kv_evict == "none" and kv_budget is not None:
+        raise EdgekvError("--kv-budget says what an eviction keeps, but --kv-evict none evicts nothing: drop one of them")
+    if kv_evict == "auto":
+        kv_evict, kv_budget = _auto(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch, say)
+
+    threads = n_threads or default_threads()
+    return Llama(
+        model,
+        kv_evict=kv_evict,
+        kv_budget=kv_budget,
+        kv_window=kv_window,
+        keep=keep,
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        n_ubatch=min(n_ubatch, n_batch),
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_gpu_layers=n_gpu_layers,
+        type_k=GGML_TYPES[type_k],
+        type_v=GGML_TYPES[type_v],
+        flash_attn=flash_attn == "on" or (flash_attn == "auto" and (n_gpu_layers != 0 or type_v not in ("f32", "f16", "bf16"))),
+    )
+
+
+def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int, say) -> tuple[str, str | None]:
+    """What ``--kv-evict auto`` means here: a budget asks for eviction, otherwise the free memory decides."""
+    from edgekv import native
+    from edgekv.filters import read
+    from edgekv.memory import available_bytes
+    from edgekv.session import CACHE_TYPES as GGML_TYPES
+
+    policy = "qfilters"
+    per_token = gguf.kv_bytes_per_token(native.type_block(GGML_TYPES[type_k]), native.type_block(GGML_TYPES[type_v])) or 0
+    if budget is None:
+        free = available_bytes()
+        full = per_token * n_ctx
+        # the model's pages and the compute buffers want room too
+        room = None if free is None else max(0, free - gguf.size) * 4 // 5
+        if room is None or full <= room:
+            say(f"the whole context of {n_ctx:,} tokens fits the free memory ({format_bytes(full)}): nothing is evicted")
+            return "none", None
+        tokens = room // per_token - n_ubatch
+        if tokens < 256:
+            raise EdgekvError(f"{gguf.path}: {format_bytes(free)} of free memory are not enough for a KV cache")
+        budget = str(tokens)
+        say(f"the context of {n_ctx:,} tokens ({format_bytes(full)}) exceeds the free memory: {tokens:,} tokens are kept")
+    elif parse_budget(budget, n_ctx=n_ctx, bytes_per_token=per_token) >= n_ctx:
+        return "none", None
+
+    if read(gguf) is None:
+        raise EdgekvError(
+            f"{gguf.path}: has no Q-Filters: run `edgekv convert {gguf.path} --with-qfilters`, "
+            "or choose --kv-evict streaming, knorm or keydiff"
+        )
+    return policy, budget
