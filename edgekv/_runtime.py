@@ -24,6 +24,11 @@ def lib_path(name: str) -> Path:
     return lib_dir() / f"{_PREFIX}{name}{_SUFFIX}"
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _say_nothing(_level, _text, _user_data) -> None:
+    pass
+
+
 def prepare() -> None:
     """Point ``llama_cpp`` at our libraries and load their backends.
 
@@ -45,8 +50,11 @@ def prepare() -> None:
 
     if lib_path("ggml").exists():
         # run-time variants are looked for beside the Python executable, where they are not
-        ggml = ctypes.CDLL(str(lib_path("ggml")))
+        ggml, base = ctypes.CDLL(str(lib_path("ggml"))), ctypes.CDLL(str(lib_path("ggml-base")))
+        # it would say on standard error which variant it took
+        base.ggml_log_set(_say_nothing, None)
         ggml.ggml_backend_load_all_from_path(str(directory).encode())
+        base.ggml_log_set(None, None)
 
 
 def _published_bindings_installed() -> bool:

@@ -9,16 +9,17 @@ from contextlib import contextmanager
 @contextmanager
 def bar(label: str, total: int, unit: str = "", show: bool = True) -> Iterator[Callable[[int], None]]:
     """Yields a function that is told how much was done."""
-    if not show:
-        yield lambda n: None
-        return
-
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    if not show or not console.is_terminal:
+        yield lambda n: None
+        return
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[count]}"),
+               TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=total, count="")
         done = 0
 

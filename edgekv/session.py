@@ -162,10 +162,13 @@ class Session:
 
     def tokenize(self, text: str, special: bool = True) -> list[int]:
         data = text.encode()
-        size = len(data) + 8
-        out = (llama_cpp.llama_token * size)()
-        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), out, size, special, False)
-        if n < 0:
+        n = len(data) + 8
+        for _ in range(2):  # a negative result is the size that was needed
+            out = (llama_cpp.llama_token * abs(n))()
+            n = llama_cpp.llama_tokenize(self.vocab, data, len(data), out, len(out), special, False)
+            if n >= 0:
+                break
+        else:
             raise EdgekvError("the text cannot be tokenised")
         return list(out[:n])
 

@@ -179,6 +179,7 @@ class Rule:
     def evict(self, budget: int, observed) -> None:
         """Evict. ``observed(layer, head)`` gives the true positions that the runtime kept: where scores are within
         float32 rounding of the threshold, its choice is as good as ours and is taken over; AssertionError otherwise."""
+        kept = {}
         for (layer, h), head in self.heads.items():
             vec = self.filters[layer][h] if self.filters is not None else None
             scores, error = policy_scores(self.policy, dequantise(self.type_k, head.k), vec)
@@ -186,7 +187,8 @@ class Rule:
             theirs = np.searchsorted(head.positions, observed(layer, h))
             assert np.array_equal(head.positions[np.minimum(theirs, self.used - 1)], observed(layer, h))
             self._same_but_for_ties(head, scores, error, ours, theirs)
-            self.heads[layer, h] = head.take(theirs)
+            kept[layer, h] = head.take(theirs)
+        self.heads = kept
         self.floor = max(self.floor, self.n_past - self.window)
         self.n_evictions += 1
 

@@ -1,0 +1,583 @@
+"""Speed and memory of a model across settings: the library behind ``edgekv bench``.
+
+How it measures:
+
+- A run is one setting at one depth in a process of its own, so that its peak memory is its own; no two processes
+  compute at a time. Runs are interleaved: every setting once, then every setting again.
+- A run warms up with a short prompt and a short decode that are discarded, then fills the context from empty
+  (``prompt @ dD``), decodes at that depth (``tgN @ dD``) and reads a prompt behind it (``ppN @ dD``).
+- Under eviction, at a depth above the budget, the cache breathes between ``budget`` and ``budget + n_ubatch`` tokens,
+  and each eviction takes time. So decode is averaged over whole cycles: N is rounded up to a multiple of ``n_ubatch``
+  tokens, wherever in the cycle they begin. A prompt is repeated until it fills a cycle, too. One test goes on where
+  the last one ended: tokens that were evicted cannot come back. ``n_tokens`` says how many tokens were measured.
+- Otherwise nothing is evicted; N tokens are measured at exactly that depth, and removed again.
+- The tokens are random but always the same ones; nothing is sampled. Logits of the last token of each batch are
+  computed, as by llama-bench.
+- Before anything is timed, every setting with eviction is checked (:func:`_check`), and every run compares the number
+  of cells and evictions with what the rule of eviction says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+import edgekv
+from edgekv import _runtime, native
+from edgekv.errors import EdgekvError
+from edgekv.gguf_file import GGUF
+from edgekv.llama import load_filters
+from edgekv.session import CACHE_TYPES, Session, default_threads
+from edgekv.settings import EvictionSettings
+
+import llama_cpp
+
+_FLOAT_TYPES = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one run measures; ``depth`` is the number of tokens in the context before the tests."""
+
+    eviction: EvictionSettings
+    depth: int
+    flash_attn: bool
+    type_k: str
+    type_v: str
+    n_threads: int
+    n_ubatch: int
+    n_gpu_layers: int
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens are evicted for good: below the budget a setting is the same as ``none``."""
+        return self.eviction.policy != "none" and self.depth > self.eviction.budget
+
+    def tokens(self, n: int, prompt: bool) -> int:
+        """How many tokens a test of ``n`` measures: whole cycles under eviction."""
+        if not self.evicts:
+            return n
+        step = n if prompt else self.n_ubatch
+        return -(-max(n, self.n_ubatch) // step) * step
+
+    def __str__(self) -> str:
+        e = self.eviction
+        policy = e.policy if e.policy == "none" else f"{e.policy} {e.budget}"
+        return (f"{policy}, -fa {'on' if self.flash_attn else 'off'}, -ctk {self.type_k}, -ctv {self.type_v}, "
+                f"-t {self.n_threads}, -ub {self.n_ubatch}, -d {self.depth}")
+
+
+def plan(
+    gguf: GGUF,
+    *,
+    kv_evict: Sequence[str] = ("none",),
+    kv_budget: Sequence[str | int] = (),
+    kv_window: int | None = None,
+    keep: int | None = None,
+    depths: Sequence[int] = (0,),
+    flash_attn: Sequence[bool] = (True,),
+    types_k: Sequence[str] = ("f16",),
+    types_v: Sequence[str] = ("f16",),
+    n_threads: Sequence[int] = (),
+    n_ubatch: Sequence[int] = (512,),
+    n_gpu_layers: Sequence[int] = (0,),
+) -> list[Setting]:
+    """Every combination once; ``none`` has no budget, so there is one of it however many budgets there are.
+
+    A budget such as ``x8`` is a share of the depth.
+
+    Raises:
+        EdgekvError: naming the flag that is wrong, or the model that lacks filters.
+    """
+    for flag, names in (("-ctk", types_k), ("-ctv", types_v)):
+        for name in names:
+            if name not in CACHE_TYPES:
+                raise EdgekvError(f"{flag} {name}: unknown cache type, choose one of {', '.join(CACHE_TYPES)}")
+    if not all(flash_attn):
+        for name in types_v:
+            if name not in _FLOAT_TYPES:
+                raise EdgekvError(f"-ctv {name}: a quantised V needs flash attention, drop off from -fa")
+
+    settings = []
+    for policy, budget, depth, fa, tk, tv, t, ub, ngl in product(
+        kv_evict, kv_budget or (None,), depths, flash_attn, types_k, types_v, n_threads or (default_threads(),),
+        n_ubatch, n_gpu_layers,
+    ):
+        per_token = gguf.kv_bytes_per_token(*(native.type_block(CACHE_TYPES[name]) for name in (tk, tv))) or 0
+        eviction = EvictionSettings.resolve(policy, budget, kv_window, keep, n_ctx=depth, bytes_per_token=per_token)
+        settings.append(Setting(eviction, depth, fa, tk, tv, t, ub, ngl))
+    if "qfilters" in kv_evict:
+        load_filters(gguf)
+    return list(dict.fromkeys(settings))
+
+
+def bench(
+    model: str | os.PathLike[str],
+    settings: Sequence[Setting],
+    *,
+    n_gen: Sequence[int] = (128,),
+    n_prompt: Sequence[int] = (512,),
+    repetitions: int = 5,
+    bandwidth: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Measure; one row per setting and test, in the order of the settings.
+
+    Args:
+        n_gen, n_prompt: tokens of the tests ``tgN`` and ``ppN``; 0 leaves the test out.
+        bandwidth: measure how fast the memory can be read, too.
+        report: told what runs next.
+
+    Raises:
+        EdgekvError: a check failed or a context cannot be created.
+    """
+    gguf = GGUF(model)
+    n_gen, n_prompt = ([n for n in dict.fromkeys(numbers) if n > 0] for numbers in (n_gen, n_prompt))
+    if not (n_gen or n_prompt) and not any(s.depth for s in settings):
+        raise EdgekvError("nothing to measure: give one of -n, -p and -d a number above 0")
+
+    checks: dict[str, Setting] = {}
+    for s in settings:
+        if s.eviction.policy != "none":
+            # the check's context is as small as it can be: the depth does not matter
+            checks.setdefault(json.dumps([asdict(s.eviction), s.flash_attn, s.type_k, s.type_v, s.n_gpu_layers]), s)
+    for i, s in enumerate(checks.values()):
+        report(f"check {i + 1} of {len(checks)}: {s}")
+        _in_worker("check", gguf, s)
+
+    speeds = {}
+    if bandwidth:
+        report("memory bandwidth")
+        speeds = {t: read_bandwidth(t) for t in {s.n_threads for s in settings}}
+
+    results: list[list[dict[str, Any]]] = [[] for _ in settings]
+    for r in range(repetitions):
+        for i, s in enumerate(settings):
+            report(f"repetition {r + 1} of {repetitions}, setting {i + 1} of {len(settings)}: {s}")
+            results[i].append(_in_worker("run", gguf, s, n_gen=n_gen, n_prompt=n_prompt))
+
+    rows = []
+    for s, runs in zip(settings, results):
+        rows += _rows(gguf, s, runs, speeds.get(s.n_threads))
+    return rows
+
+
+def _rows(gguf: GGUF, s: Setting, runs: list[dict[str, Any]], mem_gb_s: float | None) -> list[dict[str, Any]]:
+    e, first = s.eviction, runs[0]
+    weights = weight_bytes(gguf)
+    cell = (first["k_bytes"] + first["v_bytes"]) / first["cells_allocated"]
+    rows = []
+    for tests in zip(*(run["tests"] for run in runs)):
+        test = tests[0]
+        speeds = [t["n_tokens"] / t["seconds"] for t in tests]
+        evict_s = [t["evict_us"] / 1e6 for t in tests]
+        t_s = statistics.fmean(speeds)
+        decodes = test["test"].startswith("tg")
+        rows.append({
+            "model": gguf.path.name,
+            "model_type": first["model_type"],
+            "model_size": first["model_size"],
+            "model_n_params": first["model_n_params"],
+            "backend": first["backend"],
+            "cpu_variant": first["cpu_variant"],
+            "threads": s.n_threads,
+            "n_gpu_layers": s.n_gpu_layers,
+            "n_ubatch": s.n_ubatch,
+            "flash_attn": s.flash_attn,
+            "type_k": s.type_k,
+            "type_v": s.type_v,
+            "kv_evict": e.policy,
+            "kv_budget": None if e.policy == "none" else e.budget,
+            "kv_window": None if e.policy == "none" else e.window,
+            "keep": None if e.policy == "none" else e.keep,
+            "kv_select": "none",
+            "depth": s.depth,
+            "test": test["test"],
+            "t_s": t_s,
+            "t_s_sd": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+            "reps": len(runs),
+            "samples_ts": speeds,
+            "n_tokens": test["n_tokens"],
+            "cells_used": test["cells_used"],
+            "cells_mean": test["cells_mean"],
+            "cells_allocated": first["cells_allocated"],
+            "kv_bytes": first["kv_bytes"],
+            "scratch_bytes": first["scratch_bytes"],
+            "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
+            "n_evictions": test["n_evictions"],
+            "evict_ms": statistics.fmean(evict_s) * 1e3,
+            "evict_share": statistics.fmean(x / t["seconds"] for x, t in zip(evict_s, tests)),
+            # what a step must read at the least, weights once and every cached token once, per second
+            "gb_s": (weights + cell * test["cells_mean"]) * t_s / 1e9 if decodes else None,
+            "mem_gb_s": mem_gb_s,
+            "edgekv": edgekv.__version__,
+            "llama_cpp_python": _runtime.BINDINGS_VERSION,
+            "machine": machine(),
+            "test_time": first["test_time"],
+        })
+    return rows
+
+
+def weight_bytes(gguf: GGUF) -> int:
+    """Bytes of weights that one token reads: one row of the embeddings unless they are the output too, and only as
+    many experts as are used."""
+    count = gguf.get(f"{gguf.architecture}.expert_count", 0) or 1
+    used = gguf.get(f"{gguf.architecture}.expert_used_count", 0) or count
+    embeddings = {"per_layer_token_embd.weight"}
+    if "output.weight" in gguf.tensors:
+        embeddings.add("token_embd.weight")
+    total = 0
+    for t in gguf.tensors.values():
+        if t.name in embeddings:
+            continue
+        total += t.nbytes * used // count if "_exps." in t.name else t.nbytes
+    return total
+
+
+def read_bandwidth(n_threads: int, size: int = 256 << 20) -> float:
+    """GB/s at which ``n_threads`` threads read memory together; the best of three, each over ``size`` bytes."""
+    data = np.ones(size // 4, np.float32)
+    parts = np.array_split(data, n_threads)
+    best = 0.0
+    with ThreadPoolExecutor(n_threads) as pool:  # NumPy lets go of the interpreter's lock while it reduces
+        for _ in range(4):
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = max(best, size / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def machine() -> str:
+    """Processor, processors and system, for the record."""
+    name = platform.processor() or platform.machine()
+    try:
+        if sys.platform == "darwin":
+            name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True,
+                                  check=True).stdout.strip()
+        else:
+            with open("/proc/cpuinfo") as file:
+                name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return f"{name}, {os.cpu_count()} CPUs, {platform.system()} {platform.machine()}"
+
+
+# --- the other process ---------------------------------------------------------------------------------------------
+
+
+def _in_worker(task: str, gguf: GGUF, setting: Setting, **extra: Any) -> dict[str, Any]:
+    """Run ``task`` in a new process and return its answer.
+
+    Raises:
+        EdgekvError: what the worker raised, or how it died.
+    """
+    job = {"task": task, "model": os.fspath(gguf.path), "setting": asdict(setting), **extra}
+    # the same modules as here, wherever this process found them
+    code = f"import sys; sys.path[:] = {sys.path!r}; from edgekv import bench; bench.worker()"
+    with tempfile.TemporaryFile() as log:
+        p = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(job)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            start_new_session=True,  # Ctrl-C is for this process, which ends the other one
+        )
+        try:
+            answer = p.stdout.read()
+            status = p.wait()
+        finally:
+            p.kill()
+            p.wait()
+            p.stdin.close()
+            p.stdout.close()
+        log.seek(0)
+        said = log.read().decode(errors="replace").splitlines()
+
+    try:
+        result = json.loads(answer)
+    except ValueError:
+        # an assertion's own line comes before its backtrace, an exception's after it
+        lines = [line.strip() for line in said if line.strip()]
+        asserted = [line for line in lines if "ASSERT" in line]
+        why = (asserted or lines[-1:] or ["no message"])[0]
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        raise EdgekvError(f"{gguf.path}: the process that measured ({setting}) ended with {how}: {why}") from None
+    if "error" in result:
+        raise EdgekvError(result["error"])
+    return result
+
+
+def worker() -> None:
+    """The worker's main function: does the job in ``sys.argv[1]`` and answers with one JSON object."""
+    # what libraries print must not get into the answer
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    job = json.loads(sys.argv[1])
+    raw = job["setting"]
+    setting = Setting(**{**raw, "eviction": EvictionSettings(**raw["eviction"])})
+    try:
+        if job["task"] == "check":
+            _check(job["model"], setting)
+            result: dict[str, Any] = {}
+        else:
+            result = _run(job["model"], setting, job["n_gen"], job["n_prompt"])
+    except EdgekvError as error:
+        result = {"error": str(error)}
+    except MemoryError:
+        result = {"error": f"{job['model']}: out of memory ({setting})"}
+    json.dump(result, answer)
+    answer.close()
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # returns when the other end is closed, however the parent ended
+    os._exit(1)
+
+
+def _open(model: str, s: Setting, n_ctx: int, eviction: EvictionSettings) -> Session:
+    filters = load_filters(GGUF(model)).flat() if eviction.policy == "qfilters" else None
+    return Session(model, n_ctx=n_ctx, n_ubatch=s.n_ubatch, n_threads=s.n_threads, flash_attn=s.flash_attn,
+                   type_k=s.type_k, type_v=s.type_v, n_gpu_layers=s.n_gpu_layers, settings=eviction, filters=filters)
+
+
+def _check(model: str, s: Setting) -> None:
+    """Check a setting with eviction against what must hold.
+
+    Below the budget the logits have the same bits as without eviction; an eviction leaves exactly the budget, and
+    every head has kept the first and the last tokens. The budget is made smaller than the setting's for speed.
+
+    Raises:
+        EdgekvError: naming the setting and what does not hold.
+    """
+    def must(holds: Any, what: str) -> None:
+        if not holds:
+            raise EdgekvError(f"{model}: check failed ({s}): {what}")
+
+    e = s.eviction
+    budget = min(e.budget, max(256, e.keep + e.window + 64))
+    e = EvictionSettings(e.policy, budget, e.window, e.keep)
+    n = budget + 8
+    short = max(1, budget // 2)
+
+    def logits(session: Session) -> list[np.ndarray]:
+        out = []
+        for i in range(0, short, s.n_ubatch):
+            out.append(session.decode(tokens[i : min(i + s.n_ubatch, short)], i, logits="last"))
+        for i in range(short, min(short + 4, budget)):
+            out.append(session.decode(tokens[i : i + 1], i, logits="last"))
+        return out
+
+    with _open(model, s, budget + s.n_ubatch, EvictionSettings()) as session:
+        tokens = _tokens(session, n + 1)
+        want = logits(session)
+        must(all(np.isfinite(x).all() for x in want), "the model gives NaN or infinite logits")
+    with _open(model, s, budget + s.n_ubatch + 256, e) as session:
+        got = logits(session)
+        must(all(a.tobytes() == b.tobytes() for a, b in zip(want, got)),
+             "below the budget the logits differ from none's")
+        done = session.stats(0).cells_used
+        session.read(tokens[done:n], done)
+        if session.stats(0).n_evictions == 0:
+            session.evict()
+        used, n_evictions = session.stats(0).cells_used, session.stats(0).n_evictions
+        must(n_evictions, "nothing was evicted")
+        # with the smallest ubatches it evicted by itself and went on
+        must(budget <= used <= budget + s.n_ubatch, f"{used} cells are used after an eviction to {budget}")
+        for i, layer in enumerate(session.layers()):
+            for h in range(layer.n_head_kv):
+                kept = session.positions(i, h)
+                first, last = np.arange(min(e.keep, n)), np.arange(n - e.window, n)
+                must(len(kept) == used and (np.diff(kept) > 0).all()
+                     and np.array_equal(kept[: e.keep], first) and np.array_equal(kept[used - e.window :], last),
+                     f"layer {layer.il}, KV head {h} has not kept the first {e.keep} and the last {e.window} tokens")
+        must(np.isfinite(session.decode(tokens[n:], n, logits="last")).all(),
+             "NaN or infinite logits after an eviction")
+
+
+def _run(model: str, s: Setting, n_gen: list[int], n_prompt: list[int]) -> dict[str, Any]:
+    """One run: warm up, fill the context, decode, read prompts."""
+    tests = [(f"tg{n}", s.tokens(n, False), 1) for n in n_gen] + [(f"pp{n}", s.tokens(n, True), n) for n in n_prompt]
+    behind = [n for _, n, _ in tests] or [1]
+    n_ctx = s.depth + (sum(behind) if s.evicts else max(behind))
+
+    result: dict[str, Any] = {"test_time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")}
+    with _open(model, s, n_ctx, s.eviction) as session:
+        sequence = _Sequence(session, s, _tokens(session, n_ctx))
+        sequence.measure("", min(64, n_ctx), s.n_ubatch)
+        sequence.clear()
+        sequence.measure("", min(4, n_ctx), 1)
+        sequence.clear()
+
+        done = []
+        at_depth = "" if s.depth == 0 else f" @ d{s.depth}"
+        if s.depth:
+            done.append(sequence.measure("prompt" + at_depth, s.depth, s.n_ubatch))
+        for name, n, batch in tests:
+            if not s.evicts and sequence.pos != s.depth:
+                sequence.go_back(s.depth)
+            done.append(sequence.measure(name + at_depth, n, batch))
+
+        stats = session.stats()
+        result |= {
+            "tests": done,
+            "cells_allocated": stats.cells_allocated,
+            "k_bytes": stats.k_bytes,
+            "v_bytes": stats.v_bytes,
+            "kv_bytes": stats.kv_bytes,
+            "scratch_bytes": stats.scratch_bytes,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "cpu_variant": native.cpu_variant(),
+            "backend": _backends(),
+            "model_size": llama_cpp.llama_model_size(session.model),
+            "model_n_params": llama_cpp.llama_model_n_params(session.model),
+        }
+        text = ctypes.create_string_buffer(128)
+        llama_cpp.llama_model_desc(session.model, text, len(text))
+        result["model_type"] = text.value.decode(errors="replace")
+    return result
+
+
+class _Sequence:
+    """One sequence of tokens through a session, timed, and beside it what the rule of eviction makes of it."""
+
+    def __init__(self, session: Session, setting: Setting, tokens: np.ndarray):
+        self.session, self.setting = session, setting
+        self.tokens = (llama_cpp.llama_token * len(tokens))(*tokens.tolist())
+        self.pos = self.used = self.n_evictions = 0
+
+    def clear(self) -> None:
+        self.session.clear()
+        # whether clearing takes the count of evictions back does not matter here
+        self.pos, self.used, self.n_evictions = 0, 0, self.session.stats(0).n_evictions
+
+    def go_back(self, depth: int) -> None:
+        """Make the context ``depth`` tokens long again, exactly as it was."""
+        if depth and self.used == self.pos and self.session.remove(depth):
+            self.pos = self.used = depth
+            return
+        # evicted tokens do not come back, and some caches cannot remove a tail
+        self.clear()
+        if depth:
+            self.measure("", depth, self.setting.n_ubatch)
+
+    def measure(self, name: str, n: int, batch: int) -> dict[str, Any]:
+        """Decode ``n`` tokens as prompts of ``batch`` tokens, each in ubatches; 1 is decoding token by token.
+
+        Raises:
+            EdgekvError: llama_decode failed, or the cache is not what it must be.
+        """
+        ctx, before = self.session.ctx, self.session.stats(0)
+        first, cells = self.n_evictions, 0
+        # looked up before the clock runs
+        batch_of, decode = llama_cpp.llama_batch_get_one, llama_cpp.llama_decode
+        synchronize, token = llama_cpp.llama_synchronize, llama_cpp.llama_token
+        sizes = [m for part in _split(n, batch) for m in _split(part, self.setting.n_ubatch)]
+        native.clear_error()
+        synchronize(ctx)
+
+        start = time.perf_counter()
+        for m in sizes:
+            code = decode(ctx, batch_of((token * m).from_buffer(self.tokens, 4 * self.pos), m))
+            if code != 0:
+                raise EdgekvError(f"{native.last_error() or f'llama_decode returned {code}'} ({self.setting})")
+            if batch == 1:
+                synchronize(ctx)  # one token waits for the one before
+            self._count(m)
+            cells += m * self.used
+        synchronize(ctx)
+        seconds = time.perf_counter() - start
+
+        after = self.session.stats(0)
+        self._verify(name, after)
+        return {
+            "test": name,
+            "n_tokens": n,
+            "seconds": seconds,
+            "evict_us": after.evict_us - before.evict_us,
+            "n_evictions": self.n_evictions - first,
+            "cells_used": after.cells_used,
+            "cells_mean": cells / n,
+        }
+
+    def _count(self, n: int) -> None:
+        """The rule: evict before a ubatch that would exceed ``budget + n_ubatch`` cells."""
+        e = self.setting.eviction
+        if e.policy != "none" and self.used + n > e.budget + self.setting.n_ubatch:
+            self.used = e.budget
+            self.n_evictions += 1
+        self.used += n
+        self.pos += n
+
+    def _verify(self, name: str, stats: native.CacheStats) -> None:
+        got = (stats.cells_used, stats.n_evictions, stats.tokens_seen)
+        if got != (self.used, self.n_evictions, self.pos):
+            raise EdgekvError(
+                f"check failed ({self.setting}{', ' + name if name else ''}): {got[0]} cells, {got[1]} evictions and "
+                f"{got[2]} tokens, but there must be {self.used}, {self.n_evictions} and {self.pos}"
+            )
+        n_vocab = self.session.n_vocab
+        last = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.session.ctx, -1), shape=(n_vocab,))
+        if not np.isfinite(last).all():
+            raise EdgekvError(f"check failed ({self.setting}, {name}): NaN or infinite logits")
+
+
+def _split(n: int, size: int) -> list[int]:
+    """``n`` in parts of ``size``; the last one may be smaller."""
+    return [min(size, n - i) for i in range(0, n, size)]
+
+
+def _tokens(session: Session, n: int) -> np.ndarray:
+    """``n`` random ordinary tokens, always the same ones for a vocabulary."""
+    rng = np.random.default_rng(0)
+    pool = rng.permutation(session.n_vocab)[:4096].tolist()
+    if llama_cpp.llama_vocab_type(session.vocab) != llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+        vocab = session.vocab
+        ordinary = [t for t in pool if not llama_cpp.llama_vocab_is_control(vocab, t)
+                    and not llama_cpp.llama_vocab_is_eog(vocab, t)]
+        pool = ordinary or pool
+    return rng.choice(pool, n)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process had resident so far, the mapped part of the model's file included."""
+    try:
+        # ru_maxrss of a new process begins with its parent's on Linux
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _backends() -> str:
+    """The backends beside the CPU, as llama-bench names them; ``CPU`` if there is none."""
+    ggml = ctypes.CDLL(str(_runtime.lib_path("ggml")))
+    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_reg_get.restype = ctypes.c_void_p
+    ggml.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
+    name_of = native._ggml.ggml_backend_reg_name
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    names = [name_of(ggml.ggml_backend_reg_get(i)).decode() for i in range(ggml.ggml_backend_reg_count())]
+    return ",".join(name for name in names if name != "CPU") or "CPU"

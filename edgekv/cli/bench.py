@@ -1,0 +1,198 @@
+"""``edgekv bench``"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator
+
+import click
+
+from edgekv.cli.common import format_bytes, model_option
+
+
+class Words(click.ParamType):
+    """Words with commas between them."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        return [self.item(word.strip(), param, ctx) for word in value.split(",")]
+
+    def item(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not word:
+            self.fail("an item of the list is empty", param, ctx)
+        return word
+
+
+class Numbers(Words):
+    """Whole numbers of at least ``least`` with commas between them."""
+
+    def __init__(self, least: int):
+        self.least = least
+
+    def item(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(word)
+        except ValueError:
+            self.fail(f"{word!r} is not a whole number", param, ctx)
+        if not self.least <= number < 2**31:
+            self.fail(f"{number} is not in the range from {self.least} to 2147483647", param, ctx)
+        return number
+
+
+class Switches(Words):
+    """``on`` and ``off``, or ``1`` and ``0``, with commas between them."""
+
+    def item(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        if word not in ("on", "off", "1", "0"):
+            self.fail(f"{word!r} is neither on nor off", param, ctx)
+        return word in ("on", "1")
+
+
+@click.command()
+@model_option
+@click.option("--kv-evict", "kv_evict", type=Words(), default="none", show_default=True, metavar="LIST",
+              help="Eviction policies: none, qfilters, streaming, knorm, keydiff.")
+@click.option("--kv-budget", "kv_budget", type=Words(), metavar="LIST",
+              help="Tokens kept by an eviction: 2048, x8 (depth / 8) or 1.5GiB.")
+@click.option("--kv-window", type=click.IntRange(min=0), metavar="N",
+              help="Last tokens, always kept [default: min(256, budget / 4)].")
+@click.option("--keep", type=click.IntRange(min=0), metavar="N", help="First tokens, always kept [default: 4].")
+@click.option("-d", "--n-depth", "depths", type=Numbers(0), default="0", show_default=True, metavar="LIST",
+              help="Tokens in the context before the tests.")
+@click.option("-n", "--n-gen", "n_gen", type=Numbers(0), default="128", show_default=True, metavar="LIST",
+              help="Tokens to decode one by one; whole eviction cycles under eviction.")
+@click.option("-p", "--n-prompt", "n_prompt", type=Numbers(0), default="512", show_default=True, metavar="LIST",
+              help="Tokens of a prompt behind the context.")
+@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, metavar="N",
+              help="Times that every setting is measured.")
+@click.option("-fa", "--flash-attn", type=Switches(), default="on", show_default=True, metavar="LIST",
+              help="Flash attention: on, off.")
+@click.option("-ctk", "--cache-type-k", "types_k", type=Words(), default="f16", show_default=True, metavar="LIST",
+              help="Types of K in the cache.")
+@click.option("-ctv", "--cache-type-v", "types_v", type=Words(), default="f16", show_default=True, metavar="LIST",
+              help="Types of V in the cache; quantised ones need -fa on.")
+@click.option("-t", "--threads", "n_threads", type=Numbers(1), metavar="LIST", help="Threads [default: all cores].")
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=Numbers(1), default="512", show_default=True, metavar="LIST",
+              help="Tokens computed at once; a bounded cache has room for so many behind the budget.")
+@click.option("-ngl", "--n-gpu-layers", "n_gpu_layers", type=Numbers(0), default="0", show_default=True,
+              metavar="LIST", help="Layers on the GPU.")
+@click.option("--bandwidth", is_flag=True, help="Measure how fast the memory can be read, to compare with gb_s.")
+@click.option("--progress/--no-progress", default=None,
+              help="Say on standard error what runs [default: on a terminal].")
+@click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True,
+              help="Format on standard output.")
+def bench(model: str, n_gen: list[int], n_prompt: list[int], repetitions: int, bandwidth: bool,
+          progress: bool | None, output: str, **sweep: Any) -> None:
+    """Measure speed and memory of MODEL.
+
+    Lists are swept: every combination is measured, interleaved with the others. Tests are named as by llama-bench:
+    tg32 @ d8192 decodes 32 tokens at a depth of 8192, pp512 @ d8192 reads a prompt there, prompt @ d8192 fills the
+    context from empty.
+    """
+    from edgekv import bench as library
+    from edgekv.gguf_file import GGUF
+
+    gguf = GGUF(model)
+    settings = library.plan(gguf, **{name: value for name, value in sweep.items() if value is not None})
+    deepest = max(s.depth for s in settings)
+    with _status(progress) as report:
+        if deepest > gguf.context_length:
+            report(f"note: -d {deepest} is beyond the {gguf.context_length} tokens the model was trained on", keep=True)
+        rows = library.bench(model, settings, n_gen=n_gen, n_prompt=n_prompt, repetitions=repetitions,
+                             bandwidth=bandwidth, report=report)
+    click.echo(FORMATS[output](rows), nl=False)
+
+
+@contextmanager
+def _status(show: bool | None) -> Iterator[Callable[..., None]]:
+    """Yields a function for lines about what runs: one line in its place on a terminal, all of them elsewhere."""
+    terminal = sys.stderr.isatty()
+    show = terminal if show is None else show
+    erase = "\r\033[K" if show and terminal else ""
+
+    def report(line: str, keep: bool = False) -> None:
+        if erase and not keep:
+            line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps could not be erased
+        if keep or show:
+            click.echo(erase + line, err=True, nl=keep or not terminal)
+
+    try:
+        yield report
+    finally:
+        if erase:
+            click.echo(erase, err=True, nl=False)
+
+
+def to_json(rows: list[dict[str, Any]]) -> str:
+    return json.dumps(rows, indent=2) + "\n"
+
+
+def to_jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def to_csv(rows: list[dict[str, Any]]) -> str:
+    """Empty fields for null, 1 and 0 for true and false, spaces between the numbers of a list."""
+    def field(value: Any) -> Any:
+        if isinstance(value, bool):
+            return int(value)
+        return " ".join(map(str, value)) if isinstance(value, list) else value
+
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: field(value) for name, value in row.items()} for row in rows)
+    return out.getvalue()
+
+
+# heading, row -> text, right-aligned, shown only if a row differs from this text
+_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str], bool, str | None]] = [
+    ("model", lambda r: r["model_type"], False, None),
+    ("size", lambda r: format_bytes(r["model_size"]), True, None),
+    ("params", lambda r: f"{r['model_n_params'] / 1e6:.2f} M", True, None),
+    ("backend", lambda r: r["backend"], False, None),
+    ("threads", lambda r: str(r["threads"]), True, None),
+    ("ngl", lambda r: str(r["n_gpu_layers"]), True, "0"),
+    ("n_ubatch", lambda r: str(r["n_ubatch"]), True, "512"),
+    ("type_k", lambda r: r["type_k"], True, "f16"),
+    ("type_v", lambda r: r["type_v"], True, "f16"),
+    ("fa", lambda r: "on" if r["flash_attn"] else "off", True, None),
+    ("kv_evict", lambda r: r["kv_evict"], False, None),
+    ("kv_budget", lambda r: "-" if r["kv_budget"] is None else str(r["kv_budget"]), True, None),
+    ("test", lambda r: r["test"], True, None),
+    ("t/s", lambda r: f"{r['t_s']:.2f} ± {r['t_s_sd']:.2f}", True, None),
+    ("cells", lambda r: f"{r['cells_mean']:.0f}", True, None),
+    ("KV", lambda r: format_bytes(r["kv_bytes"]), True, None),
+    ("peak RSS", lambda r: format_bytes(r["peak_rss_bytes"]), True, None),
+    ("evicting", lambda r: f"{100 * r['evict_share']:.2f} %" if r["n_evictions"] else "-", True, "-"),
+    ("GB/s", lambda r: "-" if r["gb_s"] is None else f"{r['gb_s']:.2f}", True, "-"),
+    ("memory GB/s", lambda r: "-" if r["mem_gb_s"] is None else f"{r['mem_gb_s']:.2f}", True, "-"),
+]
+
+
+def to_md(rows: list[dict[str, Any]]) -> str:
+    """A table in llama-bench's form; ``cells`` is the mean number of cells in use."""
+    lines = [[] for _ in range(len(rows) + 2)]
+    for heading, text, right, usual in _COLUMNS:
+        cells = [text(row) for row in rows]
+        if usual is not None and all(cell == usual for cell in cells):
+            continue
+        width = max(map(len, [heading, *cells]))
+        rule = "-" * (width - 1) + ":" if right else "-" * width
+        for line, cell in zip(lines, [heading, rule, *cells]):
+            line.append(cell.rjust(width) if right else cell.ljust(width))
+    r = rows[0]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return (f"{table}\n{r['model']}, {r['reps']} repetitions; edgekv {r['edgekv']}, llama-cpp-python "
+            f"{r['llama_cpp_python']}, {r['cpu_variant']}; {r['machine']}\n")
+
+
+FORMATS = {"md": to_md, "json": to_json, "jsonl": to_jsonl, "csv": to_csv}

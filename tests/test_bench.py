@@ -1,0 +1,294 @@
+"""``edgekv bench``: what is measured and how it is written. Nothing here depends on how fast the machine is."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from edgekv import bench, cli
+from edgekv.convert import convert
+from edgekv.gguf_file import GGUF
+from edgekv.settings import EvictionSettings
+from test_filters import random_filters
+from tinymodel import write_tiny_model
+
+CELL = 2 * 2 * 2 * 32 * 2  # bytes of a cell of the tiny model in f16: layers, K and V, KV heads, channels, bytes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = write_tiny_model(tmp_path_factory.mktemp("bench") / "tiny.gguf")
+    convert(path, path, random_filters(GGUF(path)))
+    return path
+
+
+def edgekv(*args):
+    return CliRunner().invoke(cli.main, ["bench", *map(str, args)])
+
+
+def rows_of(*args):
+    r = edgekv(*args, "-o", "json")
+    assert r.exit_code == 0, r.output
+    return json.loads(r.stdout)
+
+
+def fails(why, *args, status=1):
+    r = edgekv(*args)
+    assert r.exit_code == status, r.output
+    assert r.stdout == "" and r.stderr.startswith("edgekv: error: ") and r.stderr.count("\n") == 1, r.output
+    assert why in r.stderr, r.stderr
+
+
+def pad(cells):
+    return -(-cells // 256) * 256
+
+
+@pytest.fixture(scope="module")
+def rows(model):
+    return rows_of(model, "--kv-evict", "none,qfilters", "--kv-budget", "200,300", "-d", "0,150,1200", "-n", 8,
+                   "-p", 24, "-r", 2, "-ub", 32, "-t", 1)
+
+
+def test_one_row_per_setting_and_test(rows):
+    key = ["kv_evict", "kv_budget", "depth", "test"]
+    got = [tuple(row[k] for k in key) for row in rows]
+    tests = {0: ["tg8", "pp24"], **{d: [f"prompt @ d{d}", f"tg8 @ d{d}", f"pp24 @ d{d}"] for d in (150, 1200)}}
+    want = [(policy, budget, d, test) for policy, budget in (("none", None), ("qfilters", 200), ("qfilters", 300))
+            for d in tests for test in tests[d]]
+    assert got == want  # `none` once, however many budgets
+    assert all(row["kv_select"] == "none" and row["backend"] and row["model"] == "tiny.gguf" for row in rows)
+    assert all(row["threads"] == 1 and row["flash_attn"] is True and row["type_k"] == row["type_v"] == "f16"
+               for row in rows)
+    assert all(row["t_s"] > 0 and row["t_s_sd"] >= 0 and row["reps"] == len(row["samples_ts"]) == 2 for row in rows)
+
+
+def test_memory_is_what_the_formula_says(rows):
+    for row in rows:
+        d, budget = row["depth"], row["kv_budget"]
+        if budget is None:
+            cells = pad(d + 24)
+        elif d <= budget:
+            cells = pad(min(d + 24, budget + 32))
+        else:
+            cells = pad(budget + 32)
+        assert row["cells_allocated"] == cells
+        assert row["kv_bytes"] == cells * CELL
+        assert row["peak_rss_bytes"] > row["kv_bytes"]
+
+
+def test_cells_and_evictions(rows):
+    for row in rows:
+        d, budget, test = row["depth"], row["kv_budget"], row["test"].split(" ")[0]
+        if budget is None or d <= budget:  # nothing is evicted
+            n = {"prompt": d, "tg8": 8, "pp24": 24}[test]
+            assert (row["n_tokens"], row["n_evictions"], row["evict_share"]) == (n, 0, 0)
+            assert row["cells_used"] == d + (0 if test == "prompt" else n)
+        elif test == "tg8":  # one whole cycle, wherever it began
+            assert (row["n_tokens"], row["n_evictions"]) == (32, 1)
+            assert row["cells_mean"] == budget + (32 + 1) / 2
+        elif test == "pp24":  # as many prompts of 24 as fill a cycle
+            assert row["n_tokens"] == 48 and row["n_evictions"] in (1, 2)
+        else:
+            assert row["n_tokens"] == d and row["n_evictions"] == -(-(d - budget - 32) // 32)
+            assert budget <= row["cells_used"] <= budget + 32
+        if row["n_evictions"]:
+            assert row["evict_ms"] > 0 and 0 < row["evict_share"] < 1
+        assert (row["gb_s"] is not None) == (test == "tg8")
+
+
+def test_formats(model):
+    args = [model, "--kv-evict", "none,streaming", "--kv-budget", "40", "-d", "60", "-n", 4, "-p", 0, "-r", 1,
+            "-ub", 16, "-t", 1]
+    want = [("none", None, "prompt @ d60"), ("none", None, "tg4 @ d60"),
+            ("streaming", 40, "prompt @ d60"), ("streaming", 40, "tg4 @ d60")]
+
+    def summary(rows):
+        return [(row["kv_evict"], int(row["kv_budget"]) if row["kv_budget"] else None, row["test"]) for row in rows]
+
+    assert summary(rows_of(*args)) == want
+
+    r = edgekv(*args, "-o", "jsonl")
+    lines = r.stdout.splitlines()
+    assert r.exit_code == 0 and summary(map(json.loads, lines)) == want
+    names = list(json.loads(lines[0]))
+
+    r = edgekv(*args, "-o", "csv")
+    table = list(csv.DictReader(io.StringIO(r.stdout)))
+    assert r.exit_code == 0 and summary(table) == want and list(table[0]) == names
+    assert float(table[0]["t_s"]) > 0 and table[0]["kv_budget"] == "" and table[0]["flash_attn"] == "1"
+
+    r = edgekv(*args, "-o", "md", "--progress", "--bandwidth")
+    head, rule, *body = [[cell.strip() for cell in line.strip("|").split(" | ")]
+                         for line in r.stdout.splitlines() if line.startswith("|")]
+    assert r.exit_code == 0 and len(body) == 4 and all(len(line) == len(head) for line in [rule, *body])
+    assert [line[head.index("test")] for line in body] == [test for _, _, test in want]
+    assert all(" ± " in line[head.index("t/s")] and float(line[head.index("memory GB/s")]) > 0 for line in body)
+    assert "edgekv" in r.stdout.splitlines()[-1] and "repetition 1 of 1, setting 2 of 2" in r.stderr
+
+
+def test_every_combination_once(model):
+    settings = bench.plan(GGUF(model), depths=(0, 9, 0), n_threads=(1, 2), flash_attn=(True, False),
+                          types_k=("f16", "q8_0"), types_v=("f16", "f32"), n_ubatch=(16, 32))
+    assert len(settings) == len(set(settings)) == 2 ** 6
+    got = rows_of(model, "-n", "2,3,0", "-p", "0", "-r", 1, "-t", 1, "-fa", "on,0", "-ctk", "f16,q8_0")
+    assert [(row["type_k"], row["flash_attn"], row["test"]) for row in got] == [
+        (k, fa, test) for fa in (True, False) for k in ("f16", "q8_0") for test in ("tg2", "tg3")]
+    assert {row["kv_bytes"] for row in got if row["type_k"] == "q8_0"} == {256 * (CELL // 2 + CELL // 4 * 34 // 32)}
+
+
+def test_a_budget_may_be_a_share_of_the_depth_or_a_size(model):
+    settings = bench.plan(GGUF(model), kv_evict=("streaming",), kv_budget=("x4", f"{100 * CELL}B"), depths=(80, 400))
+    assert [s.eviction.budget for s in settings] == [20, 100, 100]  # the two at depth 400 are the same
+    assert len({s.depth for s in settings}) == 2
+
+
+@pytest.mark.parametrize("args, why", [
+    (["--kv-evict", "none,frob"], "--kv-evict frob"),
+    (["--kv-evict", "qfilters"], "--kv-budget"),
+    (["--kv-evict", "streaming", "--kv-budget", "0"], "--kv-budget 0"),
+    (["--kv-evict", "streaming", "--kv-budget", "-5"], "--kv-budget -5"),
+    (["--kv-evict", "streaming", "--kv-budget", "64", "--kv-window", "80"], "--kv-window 80"),
+    (["-ctk", "f16,q9_9"], "-ctk q9_9"),
+    (["-ctv", "frob"], "-ctv frob"),
+    (["-ctv", "q8_0", "-fa", "on,off"], "-ctv q8_0"),
+    (["-n", "0", "-p", "0"], "nothing to measure"),
+])
+def test_wrong_settings(model, args, why):
+    fails(why, model, *args)
+
+
+@pytest.mark.parametrize("args, flag", [
+    (["-n", "-3"], "-n"), (["-d", "1,,2"], "-d"), (["-d", "many"], "-d"), (["-t", "0"], "-t"),
+    (["-fa", "maybe"], "-fa"), (["-r", "0"], "-r"), (["-o", "xml"], "-o"), (["-ub", "0"], "-ub"), (["--keep", "-1"], "--keep"),
+    (["-p", "99999999999"], "-p"),
+])
+def test_wrong_usage(model, args, flag):
+    fails(f"'{flag}'", model, *args, status=2)
+
+
+def test_models_that_cannot_be_measured(model, tmp_path):
+    bare = write_tiny_model(tmp_path / "bare.gguf")
+    fails("bare.gguf: has no Q-Filters", bare, "--kv-evict", "none,qfilters", "--kv-budget", "64")
+    fails("nope.gguf", tmp_path / "nope.gguf")
+    odd = write_tiny_model(tmp_path / "odd.gguf", head_size=80)  # found out by the worker, when it makes the context
+    fails("odd.gguf", odd, "-ctk", "q8_0", "-n", 1, "-p", 0, "-r", 1)
+
+
+def test_a_depth_beyond_the_trained_context_is_a_note(tmp_path):
+    short = write_tiny_model(tmp_path / "short.gguf", n_ctx=64, tokenizer="none")
+    r = edgekv(short, "-d", "100", "-n", 0, "-p", 0, "-r", 1, "-o", "json")
+    assert r.exit_code == 0 and "note: -d 100" in r.stderr and [row["test"] for row in json.loads(r.stdout)] == [
+        "prompt @ d100"]
+
+
+def test_a_failed_check_is_an_error(model, monkeypatch):
+    """The checks see a runtime that does not do what the setting says, here because it is told something else."""
+    setting = bench.plan(GGUF(model), kv_evict=("streaming",), kv_budget=(80,), depths=(200,), n_threads=(1,),
+                         n_ubatch=(16,))[0]
+    bench._check(str(model), setting)
+    real = bench._open
+
+    def wrong(to):
+        def open_(model, s, n_ctx, eviction):
+            return real(model, s, n_ctx, to(eviction) if eviction.policy != "none" else eviction)
+        return open_
+
+    def error(task, *args):
+        with pytest.raises(bench.EdgekvError, match="check failed") as e:
+            task(str(model), setting, *args)
+        return str(e.value)
+
+    # a smaller window, fewer sinks, a smaller budget
+    monkeypatch.setattr(bench, "_open", wrong(lambda e: EvictionSettings("knorm", e.budget, 1, e.keep)))
+    assert "has not kept" in error(bench._check)
+    monkeypatch.setattr(bench, "_open", wrong(lambda e: EvictionSettings(e.policy, e.budget, e.window, 0)))
+    assert "has not kept" in error(bench._check)
+    monkeypatch.setattr(bench, "_open", wrong(lambda e: EvictionSettings(e.policy, e.budget - 8, e.window, e.keep)))
+    assert "cells" in error(bench._check)
+    assert "evictions" in error(bench._run, [4], [])
+    monkeypatch.setattr(bench, "_open", real)
+    # logits that differ in one bit
+    decode = bench.Session.decode
+
+    def other_bits(self, *args, **kwargs):
+        out = decode(self, *args, **kwargs)
+        if out is not None and self.eviction_here:
+            out.view("u4")[0, 0] ^= 1
+        return out
+
+    def marked(model, s, n_ctx, eviction):
+        session = real(model, s, n_ctx, eviction)
+        session.eviction_here = eviction.policy != "none"
+        return session
+
+    monkeypatch.setattr(bench, "_open", marked)
+    monkeypatch.setattr(bench.Session, "decode", other_bits)
+    assert "logits differ" in error(bench._check)
+
+
+def test_a_worker_that_dies(model, monkeypatch, tmp_path):
+    """The one line names the model and what the runtime said last, not its backtrace."""
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho 'ops.cpp:7: GGML_ASSERT(n > 0) failed\n#1 0x7f0 in main' >&2\nkill -ABRT $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(bench.sys, "executable", str(script))
+    setting = bench.plan(GGUF(model), n_threads=(1,))[0]
+    why = r"tiny.gguf: .* ended with SIGABRT: ops.cpp:7: GGML_ASSERT\(n > 0\) failed$"
+    with pytest.raises(bench.EdgekvError, match=why):
+        bench.bench(model, [setting], repetitions=1)
+
+
+def children(pid):
+    out = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    return [int(p) for p, parent in (line.split() for line in out.splitlines()) if int(parent) == pid]
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    # a zombie that nobody has waited for yet is not running either
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return state == "" or state.startswith("Z")
+
+
+@pytest.mark.skipif(shutil.which("ps") is None, reason="no ps")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_is_left_behind(model, how):
+    """Ctrl-C, or an end without a chance to clean up, in the middle of a long run."""
+    code = "from edgekv.cli import main; main()"
+    path = os.pathsep.join(filter(None, sys.path))
+    p = subprocess.Popen([sys.executable, "-c", code, "bench", str(model), "-d", "200000", "-n", "1", "-p", "0"],
+                         env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         text=True)
+    wait_for(lambda: children(p.pid) or p.poll() is not None)
+    workers = children(p.pid)
+    assert workers
+    p.send_signal(how)
+    out, err = p.communicate(timeout=30)
+    assert out == ""
+    if how == signal.SIGINT:
+        assert p.returncode == 130 and err.splitlines()[-1] == "edgekv: error: interrupted" and "Traceback" not in err
+    wait_for(lambda: all(map(is_gone, workers)))
+
+
+def test_weight_bytes(model):
+    """All but the embeddings, of which a token reads one row."""
+    sizes = {t.name: t.nbytes for t in GGUF(model).tensors.values()}
+    assert bench.weight_bytes(GGUF(model)) == sum(sizes.values()) - sizes["token_embd.weight"]

@@ -1,0 +1,200 @@
+"""`edgekv run` and `edgekv.Llama`: answers, settings, errors."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import edgekv as package
+from edgekv.convert import convert
+from edgekv.errors import EdgekvError
+from edgekv.gguf_file import GGUF
+from edgekv.settings import EvictionSettings, parse_budget
+from test_cli_errors import edgekv, fails
+from test_filters import random_filters
+from tinymodel import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("run") / "tiny.gguf", n_ctx=2048)
+
+
+@pytest.fixture(scope="module")
+def model(plain):
+    path = plain.with_name("with-filters.gguf")
+    convert(plain, path, random_filters(GGUF(plain)))
+    return path
+
+
+RUN = ["-n", 8, "--temp", 0, "-t", 1, "-ub", 64, "-b", 64]
+
+
+def test_answer_and_figures(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 100)
+    full = edgekv("run", model, "-f", text, "-p", "question", *RUN)
+    assert full.exit_code == 0 and full.stdout.strip()
+    assert "nothing is evicted" in full.stderr and "2,048 cells" in full.stderr
+
+    bounded = edgekv("run", model, "-f", text, "-p", "question", "--kv-budget", 64, *RUN)
+    assert bounded.exit_code == 0 and "of 256 cells used" in bounded.stderr
+    assert "evictions" in bounded.stderr and " 0 evictions" not in bounded.stderr
+    assert edgekv("run", model, "-p", "question", "--no-stats", "--kv-evict", "none", *RUN).stderr == ""
+
+
+def test_standard_input(model):
+    r = subprocess.run([sys.executable, "-c", "import sys; from edgekv.cli import main; main(sys.argv[1:])", "run",
+                        str(model), "-p", "-", *map(str, RUN)], input="from outside", capture_output=True, text=True)
+    assert r.returncode == 0 and r.stdout.strip()
+
+
+@pytest.mark.parametrize(("why", "arguments", "status"), [
+    ("no prompt", [], 2),
+    ("the prompt is empty", ["-p", " "], 1),
+    ("-f nope.txt: No such file", ["-f", "nope.txt"], 1),
+    ("'foo' is not one of", ["-p", "x", "--kv-evict", "foo"], 2),
+    ("--kv-evict qfilters needs --kv-budget", ["-p", "x", "--kv-evict", "qfilters"], 1),
+    ("--kv-budget 0: must leave at least 1 token", ["-p", "x", "--kv-budget", "0", "--kv-evict", "knorm"], 1),
+    ("--kv-budget -3: must leave at least 1 token", ["-p", "x", "--kv-budget", "-3"], 1),
+    ("--kv-budget many: give tokens", ["-p", "x", "--kv-budget", "many"], 1),
+    ("--keep 20 and --kv-window 90 exceed --kv-budget 100",
+     ["-p", "x", "--kv-budget", "100", "--kv-window", "90", "--keep", "20"], 1),
+    ("--kv-window -1: must not be negative", ["-p", "x", "--kv-budget", "100", "--kv-window", "-1"], 1),
+    ("--kv-evict none evicts nothing", ["-p", "x", "--kv-budget", "100", "--kv-evict", "none"], 1),
+    ("-ctv q8_0: a quantised V needs flash attention", ["-p", "x", "-ctv", "q8_0", "-fa", "off"], 1),
+    ("has no chat template, so -sys cannot be used", ["-p", "x", "-sys", "be brief"], 1),
+    ("exceed context window of 256", ["-p", "word " * 100, "-c", "200"], 1),
+])
+def test_bad_input(model, why, arguments, status):
+    r = edgekv("run", model, *arguments)
+    assert r.exit_code == status and r.stdout == "", r.output
+    last = r.stderr.strip().splitlines()[-1]
+    assert last.startswith("edgekv: error: ") and why in last and "Traceback" not in r.output
+
+
+def test_model_without_filters(plain):
+    fails("has no Q-Filters: run `edgekv convert", "run", plain, "-p", "x", "--kv-evict", "qfilters", "--kv-budget", 64)
+    fails("has no Q-Filters: run `edgekv convert", "run", plain, "-p", "x", "--kv-budget", 64)
+    assert edgekv("run", plain, "-p", "x", "--kv-evict", "keydiff", "--kv-budget", 64, *RUN).exit_code == 0
+
+
+@pytest.mark.parametrize("spoil", ["nan", "zero", "model"])
+def test_spoilt_filters(plain, tmp_path, spoil):
+    """Filters that convert would refuse, written into the file all the same."""
+    gguf = GGUF(plain)
+    filters = random_filters(gguf)
+    if spoil == "model":
+        filters.model_sha256 = "0" * 64
+    else:
+        filters.vectors[1][0] = np.nan if spoil == "nan" else 0.0
+    path = tmp_path / "spoilt.gguf"
+    type(filters).validate, validate = (lambda *_a, **_k: None), type(filters).validate
+    try:
+        convert(plain, path, filters)
+    finally:
+        type(filters).validate = validate
+    why = {"nan": "NaN", "zero": "all-zero", "model": "another model"}[spoil]
+    fails(why, "run", path, "-p", "x", "--kv-evict", "qfilters", "--kv-budget", 64)
+
+
+def test_help_all_shows_the_rarer_options():
+    assert "--kv-window" not in edgekv("run", "--help").stdout
+    r = edgekv("run", "--help-all")
+    assert r.exit_code == 0 and "--kv-window" in r.stdout and "--top-k" in r.stdout
+
+
+# --- edgekv.Llama ------------------------------------------------------------------------------------------------
+
+
+def ascii_part(text):
+    return text.encode("ascii", "ignore")
+
+
+def test_llama(model, capfd):
+    llama = package.Llama(model, n_ctx=1024, n_batch=64, n_ubatch=64, n_threads=1, kv_evict="qfilters", kv_budget=64)
+    assert llama.n_ctx() == 1024 and llama.stats().cells_allocated == 256
+
+    prompt = [3 + i % 250 for i in range(300)]
+    out = llama.create_completion(prompt, max_tokens=20, temperature=0)
+    assert out["usage"]["prompt_tokens"] == 300
+    stats = llama.stats()
+    assert stats.n_evictions > 0 and stats.cells_used <= 128 and stats.tokens_seen >= 300
+    assert list(llama.kept_positions(0, 0)[:4]) == [0, 1, 2, 3]
+
+    # the same prompt again: its tail is gone from the cache, so it is read anew, with the same result
+    again = llama.create_completion(prompt, max_tokens=20, temperature=0)
+    assert again["choices"][0]["text"] == out["choices"][0]["text"]
+    llama.reset()
+    pieces = llama.create_completion(prompt, max_tokens=20, temperature=0, stream=True)
+    # a stream leaves out a character whose last bytes have not come
+    streamed = "".join(p["choices"][0]["text"] for p in pieces)
+    assert ascii_part(streamed) == ascii_part(out["choices"][0]["text"])
+
+    with pytest.raises(EdgekvError, match="cannot be saved"):
+        llama.save_state()
+    with pytest.raises(EdgekvError, match="pickled"):
+        llama.__getstate__()
+    with pytest.raises(EdgekvError, match="exceed the budget"):
+        llama.set_keep(60)
+    with pytest.raises(ValueError, match="exceed context window"):
+        llama.create_completion([5] * 1100, max_tokens=1)
+    assert capfd.readouterr().err == ""
+
+
+def test_llama_off_is_the_bindings_own(model):
+    from llama_cpp import Llama as Stock
+
+    options = dict(n_ctx=256, n_threads=1, verbose=False)
+    prompt = [3 + i % 250 for i in range(100)]
+    texts = [cls(str(model), **options).create_completion(prompt, max_tokens=20, temperature=0)["choices"][0]["text"]
+             for cls in (package.Llama, Stock)]
+    assert texts[0] == texts[1]
+
+
+def test_prompt_mode(model):
+    llama = package.Llama(model, n_ctx=512, n_threads=1, kv_evict="knorm", kv_budget=64, kv_evict_mode="prompt")
+    llama.eval([3 + i % 250 for i in range(200)])
+    assert llama.stats().cells_allocated == 512 and llama.stats().cells_used == 200
+    assert llama.evict() == 136 and llama.evict() == 0 and llama.stats().cells_used == 64
+    assert llama.evict(32) == 32
+
+
+def test_system_prompt_tokens(smollm2):
+    llama = package.Llama(smollm2, n_ctx=256, n_threads=2)
+    messages = [{"role": "system", "content": "You are a lighthouse keeper."}]
+    n = llama.system_tokens(messages)
+    shared = llama.detokenize(llama.chat_tokens([*messages, {"role": "user", "content": "hi"}])[:n], special=True)
+    assert b"lighthouse keeper" in shared and b"hi" not in shared
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "tokens"), [
+    (2048, 2048), ("2048", 2048), ("x8", 1024), ("X2.5", 3276), ("1MiB", 1024), ("1.5 kB", 1), ("2048B", 2),
+])
+def test_budgets(text, tokens):
+    assert parse_budget(text, n_ctx=8192, bytes_per_token=1024) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "x", "x0", "x0.5", "1.5", "GiB", "1 GB GB", "0x10", "1e9", "9" * 400 + "B", "½"])
+def test_bad_budgets(text):
+    with pytest.raises(EdgekvError, match="--kv-budget"):
+        parse_budget(text, n_ctx=8192, bytes_per_token=1024)
+
+
+def test_defaults_give_way_to_a_small_budget():
+    for budget in range(1, 40):
+        s = EvictionSettings.resolve("knorm", budget, n_ctx=100)
+        assert s.keep + s.window <= s.budget == budget
+    assert EvictionSettings.resolve("knorm", 2048, n_ctx=100).window == 256
+
+
+def test_llama_cpp_imported_before(tmp_path):
+    """Another library under the bindings is an error that says what to do."""
+    code = ("import os, sys, types\nfake = types.ModuleType('llama_cpp.llama_cpp'); fake._base_path = '/elsewhere'\n"
+            "sys.modules['llama_cpp.llama_cpp'] = fake\nimport edgekv")
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.returncode != 0 and "import edgekv first" in r.stderr.splitlines()[-1]
