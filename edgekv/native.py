@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -230,14 +231,12 @@ def type_block(ggml_type: int) -> tuple[int, int]:
 
 
 def cpu_variant() -> str:
-    """The CPU backend that the loader picked, for records: its name in ``edgekv/lib`` or its features."""
-    maps = "/proc/self/maps"
+    """The CPU backend that the loader picked, for records: its library's name, or its features."""
     try:
-        with open(maps) as file:
+        with open("/proc/self/maps") as file:
             for line in file:
-                if "ggml-cpu" in line:
-                    name = line.rsplit("/", 1)[-1].strip()
-                    return name.removeprefix("lib").removesuffix(".so")
+                if match := re.search(r"lib(ggml-cpu[\w-]*)\.so", line):
+                    return match[1]
     except OSError:
         pass
     return llama_cpp.llama_print_system_info().decode()

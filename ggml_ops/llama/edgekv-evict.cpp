@@ -45,8 +45,8 @@ void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams
     if (!cparams.causal_attn) {
         refuse("attention is not causal");
     }
-    if (cparams.kv_unified && cparams.n_seq_max > 1) {
-        refuse("several sequences need streams of their own (kv_unified = false)");
+    if (cparams.kv_unified) {
+        refuse("sequences need streams of their own (kv_unified = false)");
     }
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         refuse("split mode 'tensor' is not supported");
@@ -219,6 +219,13 @@ llama_edgekv_plan llama_edgekv_evictor::plan(const llama_ubatch & ubatch) {
     llama_edgekv_plan res;
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id[i][0];
+
+        if (ubatch.n_seq_id[i] != 1 || (uint32_t) seq_id >= kv.n_stream) {
+            llama_edgekv_set_error(format("a token must belong to one sequence below n_seq_max (%u) where eviction is on", kv.n_stream));
+            res.ok = false;
+            return res;
+        }
         if (ubatch.pos[i] >= (llama_pos) n_ctx_seq) {
             llama_edgekv_set_error(format("the context is full: position %d of %u", ubatch.pos[i], n_ctx_seq));
             res.ok = false;
