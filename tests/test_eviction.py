@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import oracle
 from edgekv import native
-from edgekv.errors import EdgekvError
 from edgekv import session as session_module
+from edgekv.errors import EdgekvError
 from edgekv.session import CACHE_TYPES
 from edgekv.settings import EvictionSettings
 from tinymodel import write_tiny_model

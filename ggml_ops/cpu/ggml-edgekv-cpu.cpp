@@ -72,7 +72,7 @@ void score(const ggml_compute_params * params, ggml_tensor * dst) {
                 s = dot(n_embd, key, (const float *) vec->data + h*n_embd);
                 if (kind == GGML_EDGEKV_SCORE_COS) {
                     const float norm = sqrtf(dot(n_embd, key, key));
-                    s = norm > 0.0f ? s/norm : 0.0f;
+                    s = norm == 0.0f ? 0.0f : s/norm;
                 }
             }
             out[h*n_cell + t] = scale*s;

@@ -33,7 +33,7 @@ GGML_API struct ggml_tensor * ggml_edgekv_score(
         enum ggml_edgekv_score_kind kind,
         float                 scale);
 
-// The mean of the keys, each divided by its norm (zero keys count as zero vectors), per KV head.
+// The mean of the keys, each divided by its norm (keys whose norm is zero or NaN count as zero vectors), per KV head.
 //   keys   as above
 //   result [head_size, n_head_kv] F32
 GGML_API struct ggml_tensor * ggml_edgekv_key_mean(

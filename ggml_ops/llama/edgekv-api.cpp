@@ -14,9 +14,10 @@ namespace {
 
 // what the accessors work on; valid if kv is set
 struct view {
-    llama_kv_cache * kv    = nullptr;
-    uint32_t         strm  = 0;
-    uint32_t         used  = 0;
+    llama_kv_cache * kv   = nullptr;
+    uint32_t         strm = 0;
+
+    std::vector<uint32_t> cells; // that are in use, ascending
 };
 
 llama_kv_cache * plain_cache(llama_context * ctx) {
@@ -49,7 +50,14 @@ view sequence(llama_context * ctx, llama_seq_id seq_id, int32_t i_layer) {
 
     res.kv   = kv;
     res.strm = kv->get_stream(seq_id);
-    res.used = kv->get_cells(seq_id).get_used();
+
+    // the first ones under eviction; a stock cache may have holes
+    const auto & cells = kv->get_cells(seq_id);
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (!cells.is_empty(i)) {
+            res.cells.push_back(i);
+        }
+    }
     return res;
 }
 
@@ -98,10 +106,10 @@ int64_t llama_edgekv_evict(llama_context * ctx, llama_seq_id seq_id, uint32_t bu
     if (!fits(evict->n_keep(), cfg.window, budget)) {
         return -1;
     }
-    if (v.used <= budget) {
+    if (v.cells.size() <= budget) {
         return 0;
     }
-    return evict->run(v.strm, budget) ? (int64_t) v.used - budget : -1;
+    return evict->run(v.strm, budget) ? (int64_t) v.cells.size() - budget : -1;
 }
 
 bool llama_edgekv_get_stats(llama_context * ctx, llama_seq_id seq_id, llama_edgekv_stats * stats) {
@@ -203,10 +211,11 @@ int64_t llama_edgekv_positions(llama_context * ctx, llama_seq_id seq_id, int32_t
     }
 
     const auto * evict = v.kv->get_evict();
-    for (uint32_t i = 0; i < v.used && i < n_max; ++i) {
-        out[i] = evict ? evict->true_position(v.strm, i_layer, i_head_kv, i) : v.kv->get_cells(seq_id).pos_get(i);
+    for (size_t i = 0; i < v.cells.size() && (int64_t) i < n_max; ++i) {
+        const uint32_t cell = v.cells[i];
+        out[i] = evict ? evict->true_position(v.strm, i_layer, i_head_kv, cell) : v.kv->get_cells(seq_id).pos_get(cell);
     }
-    return v.used;
+    return (int64_t) v.cells.size();
 }
 
 int64_t llama_edgekv_rows(llama_context * ctx, llama_seq_id seq_id, int32_t i_layer, int32_t i_head_kv, bool values, void * out, uint64_t out_size) {
@@ -222,7 +231,7 @@ int64_t llama_edgekv_rows(llama_context * ctx, llama_seq_id seq_id, int32_t i_la
         llama_edgekv_set_error(format("there is no KV head %d in cache layer %d", i_head_kv, i_layer));
         return -1;
     }
-    if (out_size < row_bytes*v.used) {
+    if (out_size < row_bytes*v.cells.size()) {
         llama_edgekv_set_error("the buffer is too small");
         return -1;
     }
@@ -234,20 +243,20 @@ int64_t llama_edgekv_rows(llama_context * ctx, llama_seq_id seq_id, int32_t i_la
     if (values && v.kv->get_v_trans()) {
         const size_t ts = ggml_type_size(t->type);
 
-        std::vector<char> channel(ts*v.used);
+        std::vector<char> channel(ts*v.kv->get_size());
         for (uint32_t e = 0; e < layer.head_size_v; ++e) {
             const size_t row = (size_t) i_head_kv*layer.head_size_v + e;
             ggml_backend_tensor_get(t, channel.data(), base + row*ts*v.kv->get_size(), channel.size());
-            for (uint32_t i = 0; i < v.used; ++i) {
-                memcpy(dst + i*row_bytes + e*ts, channel.data() + i*ts, ts);
+            for (size_t i = 0; i < v.cells.size(); ++i) {
+                memcpy(dst + i*row_bytes + e*ts, channel.data() + v.cells[i]*ts, ts);
             }
         }
     } else {
-        for (uint32_t i = 0; i < v.used; ++i) {
-            ggml_backend_tensor_get(t, dst + i*row_bytes, base + i*t->nb[1] + i_head_kv*row_bytes, row_bytes);
+        for (size_t i = 0; i < v.cells.size(); ++i) {
+            ggml_backend_tensor_get(t, dst + i*row_bytes, base + v.cells[i]*t->nb[1] + i_head_kv*row_bytes, row_bytes);
         }
     }
-    return (int64_t) (row_bytes*v.used);
+    return (int64_t) (row_bytes*v.cells.size());
 }
 
 int64_t llama_edgekv_tap_get(llama_context * ctx, int32_t i_layer, int32_t i_head, double * moment, double * sum) {

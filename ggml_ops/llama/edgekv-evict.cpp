@@ -72,12 +72,13 @@ llama_edgekv_evictor::llama_edgekv_evictor(
 
     load_filters();
 
-    // the worst case, so that no eviction allocates: all cells used
-    const uint32_t budget = std::min(cfg->budget, kv.get_size());
+    // the worst case, so that no eviction allocates: all cells used. Window and keep change no shape, and in a context
+    // smaller than both they never meet.
+    const share worst = { std::min(cfg->budget, kv.get_size()), 0, 0 };
 
     ggml_context_ptr ctx = graph_context();
     std::vector<ggml_tensor *> chosen;
-    ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size(), budget, chosen);
+    ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size(), worst, chosen);
 
     check_devices(gf);
 
@@ -298,7 +299,7 @@ ggml_context_ptr llama_edgekv_evictor::graph_context() const {
 }
 
 ggml_cgraph * llama_edgekv_evictor::build_graph(
-        ggml_context * ctx, uint32_t strm, uint32_t n_used, uint32_t budget, std::vector<ggml_tensor *> & chosen) const {
+        ggml_context * ctx, uint32_t strm, uint32_t n_used, share sh, std::vector<ggml_tensor *> & chosen) const {
     ggml_cgraph * gf = ggml_new_graph_custom(ctx, 16*kv.layers.size(), false);
 
     for (size_t i = 0; i < kv.layers.size(); ++i) {
@@ -314,7 +315,7 @@ ggml_cgraph * llama_edgekv_evictor::build_graph(
         ggml_tensor * keys = ggml_view_3d(ctx, k, n_k, n_head, n_used, ggml_row_size(k->type, n_k), k->nb[1], 0);
 
         ggml_tensor * scores = cfg->policy->scores(ctx, keys, filters.empty() ? nullptr : filters[i]);
-        ggml_tensor * idx    = ggml_edgekv_choose(ctx, scores, n_head, keep, cfg->window, budget);
+        ggml_tensor * idx    = ggml_edgekv_choose(ctx, scores, n_head, sh.n_keep, sh.window, sh.budget);
 
         // read back for the true positions
         ggml_set_output(idx);
@@ -366,7 +367,7 @@ bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
 
     ggml_context_ptr ctx = graph_context();
     std::vector<ggml_tensor *> chosen;
-    ggml_cgraph * gf = build_graph(ctx.get(), strm, used, budget, chosen);
+    ggml_cgraph * gf = build_graph(ctx.get(), strm, used, { budget, cfg->window, keep }, chosen);
 
     ggml_backend_sched_reset(sched.get());
 

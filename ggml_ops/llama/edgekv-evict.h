@@ -87,7 +87,13 @@ private:
 
     void move_cells(uint32_t strm, uint32_t budget);
 
-    ggml_cgraph * build_graph(ggml_context * ctx, uint32_t strm, uint32_t n_used, uint32_t budget, std::vector<ggml_tensor *> & chosen) const;
+    struct share {
+        uint32_t budget;
+        uint32_t window;
+        uint32_t n_keep;
+    };
+
+    ggml_cgraph * build_graph(ggml_context * ctx, uint32_t strm, uint32_t n_used, share sh, std::vector<ggml_tensor *> & chosen) const;
     ggml_context_ptr graph_context() const;
 
     void load_filters();
