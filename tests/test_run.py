@@ -10,6 +10,7 @@ import edgekv as package
 from edgekv.convert import convert
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
+from edgekv.memory import available_bytes
 from edgekv.settings import EvictionSettings, parse_budget
 from test_cli_errors import edgekv, fails
 from test_filters import random_filters
@@ -42,6 +43,25 @@ def test_answer_and_figures(model, tmp_path):
     assert bounded.exit_code == 0 and "of 256 cells used" in bounded.stderr
     assert "evictions" in bounded.stderr and " 0 evictions" not in bounded.stderr
     assert edgekv("run", model, "-p", "question", "--no-stats", "--kv-evict", "none", *RUN).stderr == ""
+
+
+def test_auto_bounds_the_cache_by_free_memory(model, plain, monkeypatch):
+    """K and V of the tiny model take 512 bytes a token: 2 layers, 2 KV heads, 32 channels, f16."""
+    size, per_token = model.stat().st_size, 512
+    # four fifths of what the model leaves free: 500 tokens behind a ubatch of 64
+    monkeypatch.setattr("edgekv.memory.available_bytes", lambda: size + (500 + 64) * per_token * 5 // 4)
+    r = edgekv("run", model, "-p", "question", *RUN)
+    assert r.exit_code == 0 and "500 tokens are kept" in r.stderr and "of 768 cells used" in r.stderr
+    assert "has no Q-Filters" in edgekv("run", plain, "-p", "x", *RUN).stderr
+
+    monkeypatch.setattr("edgekv.memory.available_bytes", lambda: 1000)
+    fails("1000 B of free memory are not enough", "run", model, "-p", "x", *RUN)
+    monkeypatch.setattr("edgekv.memory.available_bytes", lambda: None)
+    assert "nothing is evicted" in edgekv("run", model, "-p", "question", *RUN).stderr
+
+
+def test_free_memory_is_plausible():
+    assert 2**20 < available_bytes() < 2**45
 
 
 def test_standard_input(model):

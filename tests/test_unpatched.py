@@ -18,8 +18,11 @@ import pytest
 
 from edgekv import native
 from edgekv.calibrate import default_text
+from edgekv.convert import convert
+from edgekv.gguf_file import GGUF
 from edgekv.session import CACHE_TYPES, Session, default_threads
 from edgekv.settings import EvictionSettings
+from test_filters import random_filters
 
 import llama_cpp
 
@@ -126,6 +129,15 @@ def test_off_is_off(unpatched, smollm2, text, any_filters, tmp_path, cache):
             assert session.stats().n_evictions == 0
         np.testing.assert_array_equal(np.concatenate(got).view(np.uint32), want.view(np.uint32))
         assert ours == chosen
+
+
+def test_the_unpatched_runtime_loads_a_converted_file(unpatched, smollm2, text, tmp_path):
+    converted = tmp_path / "with-filters.gguf"
+    convert(smollm2, converted, random_filters(GGUF(smollm2)))
+    steps = [{"decode": text[:64]}]
+    want, got = (run_unpatched(unpatched, tmp_path, model, steps, n_ctx=256, cache=CACHES[0])[0]
+                 for model in (smollm2, converted))
+    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
 
 
 # --- the same rows, by the state API and NumPy -----------------------------------------------------------------------

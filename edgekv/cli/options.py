@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -86,33 +85,26 @@ def context_options(function: Callable) -> Callable:
 
 
 def sampling_options(function: Callable) -> Callable:
-    """Adds the options of sampling; the command gets them as keyword arguments for :class:`Sampling`."""
+    """Adds the options of sampling; the command passes its keyword arguments to :func:`take_sampling`."""
     return _apply(_sampling_options, function)
 
 
-@dataclass
-class Sampling:
-    """What the sampling options say, in the words of the bindings."""
+# our name (llama.cpp's) -> the bindings' name
+_SAMPLING = {
+    "n_predict": "max_tokens",
+    "temp": "temperature",
+    **{name: name for name in ("seed", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
+                               "frequency_penalty")},
+}
 
-    n_predict: int = -1
-    temp: float = 0.8
-    seed: int = -1
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    names: dict[str, str] = field(default_factory=lambda: {"temp": "temperature", "n_predict": "max_tokens"}, repr=False)
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for ``create_completion`` and ``create_chat_completion``."""
-        values = {self.names.get(k, k): v for k, v in vars(self).items() if k != "names"}
-        if values["max_tokens"] < 0:
-            values["max_tokens"] = None
-        if values["seed"] < 0:
-            values["seed"] = None
-        return values
+def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the sampling options out of a command's: arguments for ``create_completion`` and its like."""
+    values = {theirs: options.pop(ours) for ours, theirs in _SAMPLING.items()}
+    for name in ("max_tokens", "seed"):
+        if values[name] < 0:  # no limit, no fixed seed
+            values[name] = None
+    return values
 
 
 def open_llama(

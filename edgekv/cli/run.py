@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from edgekv.cli.common import format_bytes, model_option
-from edgekv.cli.options import Sampling, context_options, open_llama, sampling_options
+from edgekv.cli.options import context_options, open_llama, sampling_options, take_sampling
 from edgekv.errors import EdgekvError
 
 
@@ -31,7 +31,7 @@ def run(model: str, prompt: str | None, file: str | None, system: str | None, ra
 
     The answer goes to standard output, figures about time and cache to standard error.
     """
-    sampling = Sampling(**{name: options.pop(name) for name in vars(Sampling()) if name in options})
+    sampling = take_sampling(options)
     text = _prompt(prompt, file)
     if raw and system is not None:
         raise click.UsageError("-sys needs the chat template: drop -no-cnv")
@@ -54,7 +54,7 @@ def run(model: str, prompt: str | None, file: str | None, system: str | None, ra
 
     began, first = time.perf_counter(), None
     try:
-        pieces = answer(**arguments, stream=True, **sampling.arguments())
+        pieces = answer(**arguments, stream=True, **sampling)
         for piece in pieces:
             choice = piece["choices"][0]
             word = choice["delta"].get("content") if with_template else choice["text"]
