@@ -1,6 +1,5 @@
 import pytest
 
-import edgekv  # before any test imports llama_cpp: edgekv says which library it loads
 
 
 @pytest.fixture(scope="session")

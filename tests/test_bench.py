@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -18,6 +17,7 @@ from edgekv.convert import convert
 from edgekv.gguf_file import GGUF
 from edgekv.settings import EvictionSettings
 from test_filters import random_filters
+from process import EDGEKV
 from tinymodel import write_tiny_model
 
 CELL = 2 * 2 * 2 * 32 * 2  # bytes of a cell of the tiny model in f16: layers, K and V, KV heads, channels, bytes
@@ -272,10 +272,8 @@ def is_gone(pid):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_is_left_behind(model, how):
     """Ctrl-C, or an end without a chance to clean up, in the middle of a long run."""
-    code = "from edgekv.cli import main; main()"
-    path = os.pathsep.join(filter(None, sys.path))
-    p = subprocess.Popen([sys.executable, "-c", code, "bench", str(model), "-d", "200000", "-n", "1", "-p", "0"],
-                         env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    p = subprocess.Popen([*EDGEKV, "bench", str(model), "-d", "200000", "-n", "1", "-p", "0"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          text=True)
     wait_for(lambda: children(p.pid) or p.poll() is not None)
     workers = children(p.pid)

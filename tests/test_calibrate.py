@@ -3,7 +3,6 @@
 import hashlib
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,6 +16,7 @@ from edgekv.errors import EdgekvError
 from edgekv.filters import read
 from edgekv.gguf_file import GGUF
 from edgekv.session import Session
+from process import EDGEKV
 from test_cli_errors import edgekv, fails
 from tinymodel import write_tiny_model
 
@@ -139,9 +139,8 @@ def test_default_text_is_english_and_long():
 @pytest.mark.parametrize("command", [["calibrate"], ["convert", "--with-qfilters"]])
 def test_interrupted(smollm2, tmp_path, command):
     """Ctrl-C in the middle of the text: status 130, one line, and nothing is left."""
-    code = "import sys; from edgekv.cli import main; main(sys.argv[1:])"
     out = tmp_path / "out.gguf"
-    process = subprocess.Popen([sys.executable, "-c", code, command[0], str(smollm2), *command[1:], "-o", str(out)],
+    process = subprocess.Popen([*EDGEKV, command[0], str(smollm2), *command[1:], "-o", str(out)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(4)
     assert process.poll() is None

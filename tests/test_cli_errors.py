@@ -18,11 +18,9 @@ from edgekv import cli, filters
 from edgekv.cli.common import format_bytes
 from edgekv.convert import convert
 from edgekv.gguf_file import GGUF
+from process import EDGEKV, python
 from test_filters import random_filters
 from tinymodel import write_tiny_model
-
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture
 def model(tmp_path):
@@ -46,7 +44,7 @@ def test_help_lists_all_commands_and_imports_none():
     assert r.exit_code == 0 and all(name in r.stdout for name in cli.COMMANDS)
     code = ("import sys; from edgekv.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
             "assert not {'numpy', 'llama_cpp', 'edgekv.cli.run', 'edgekv.native'} & set(sys.modules)")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(python(code), check=True, stdout=subprocess.DEVNULL)
 
 
 def test_version():
@@ -183,9 +181,8 @@ def test_what_a_command_may_raise(model, tmp_path, monkeypatch, error, status, w
 
 
 def command_line(*args, **kwargs):
-    code = "from edgekv.cli import main; main()"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=env, stderr=subprocess.PIPE, text=True,
+    env = {**os.environ, **kwargs.pop("env", {})}
+    return subprocess.Popen([*EDGEKV, *map(str, args)], env=env, stderr=subprocess.PIPE, text=True,
                             **kwargs)
 
 

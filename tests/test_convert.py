@@ -67,7 +67,7 @@ def exotic_model(path, values, alignment):
     g, data = GGUF(tiny), tiny.read_bytes()
     extra = b"".join(string(b"x.%d" % i) + value for i, value in enumerate(values))
     extra += string(b"general.alignment") + struct.pack("<II", 4, alignment)
-    infos, end = b"", 0
+    infos = b""
     blob = b""
     for t in g.tensors.values():
         blob += bytes(-len(blob) % alignment)

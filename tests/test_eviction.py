@@ -4,7 +4,6 @@ import ctypes
 import functools
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from edgekv import session as session_module
 from edgekv.errors import EdgekvError
 from edgekv.session import CACHE_TYPES
 from edgekv.settings import EvictionSettings
+from process import python
 from tinymodel import write_tiny_model
 
 import llama_cpp  # last: edgekv says which library it loads
@@ -509,7 +509,6 @@ def test_statistics_count_what_is_allocated(model):
 def test_a_budget_above_the_context(model):
     """Keep and window fit the budget, but not the context: nothing is ever evicted. (An abort would end pytest.)"""
     code = f"""
-import sys; sys.path[:] = {sys.path!r}
 from edgekv.session import Session
 from edgekv.settings import EvictionSettings
 for mode in ("bounded", "prompt"):
@@ -517,7 +516,7 @@ for mode in ("bounded", "prompt"):
         s.read(range(1, 257))
         print(s.stats().cells_used, s.stats().n_evictions, s.evict())
 """
-    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "GGML_NO_BACKTRACE": "1"}, capture_output=True,
+    run = subprocess.run(python(code), env={**os.environ, "GGML_NO_BACKTRACE": "1"}, capture_output=True,
                          text=True)
     assert run.stdout.split() == ["256", "0", "0"] * 2, run.stderr
 

@@ -1,7 +1,6 @@
 """`edgekv run` and `edgekv.Llama`: answers, settings, errors."""
 
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.memory import available_bytes
 from edgekv.settings import EvictionSettings, parse_budget
+from process import EDGEKV, python
 from test_cli_errors import edgekv, fails
 from test_filters import random_filters
 from tinymodel import write_tiny_model
@@ -65,8 +65,7 @@ def test_free_memory_is_plausible():
 
 
 def test_standard_input(model):
-    r = subprocess.run([sys.executable, "-c", "import sys; from edgekv.cli import main; main(sys.argv[1:])", "run",
-                        str(model), "-p", "-", *map(str, RUN)], input="from outside", capture_output=True, text=True)
+    r = subprocess.run([*EDGEKV, "run", str(model), "-p", "-", *map(str, RUN)], input="from outside", capture_output=True, text=True)
     assert r.returncode == 0 and r.stdout.strip()
 
 
@@ -216,5 +215,5 @@ def test_llama_cpp_imported_before(tmp_path):
     """Another library under the bindings is an error that says what to do."""
     code = ("import os, sys, types\nfake = types.ModuleType('llama_cpp.llama_cpp'); fake._base_path = '/elsewhere'\n"
             "sys.modules['llama_cpp.llama_cpp'] = fake\nimport edgekv")
-    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    r = subprocess.run(python(code), capture_output=True, text=True)
     assert r.returncode != 0 and "import edgekv first" in r.stderr.splitlines()[-1]
