@@ -1,5 +1,6 @@
 import pytest
 
+import edgekv  # noqa: F401  before any test imports llama_cpp: edgekv says which library it loads
 
 
 @pytest.fixture(scope="session")
