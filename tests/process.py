@@ -9,4 +9,6 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}"]
 
 
-EDGEKV = python("from edgekv.cli import main; main()")
+# a shell's background job is born with Ctrl-C ignored, and so are its children
+EDGEKV = python("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+                "from edgekv.cli import main; main()")
