@@ -11,6 +11,14 @@
 // Vocabulary. A *cell* is a slot of the cache; after an eviction each KV head holds a different token in it. The
 // *true position* of a cell is the position at which its token was read, per layer and KV head; the cell metadata
 // claims the last positions of the sequence instead, so that the causal mask and the recent window stay exact.
+//
+// In models with sliding windows only the layers with full attention are evicted from, in hybrids those with attention;
+// "the cache" is theirs.
+//
+// State: llama_state_* and llama_state_seq_* save and load evicted contexts too, with settings, a hash of the filters,
+// floors and true positions in a format of their own. A state that is damaged, stock, of another model or of other
+// settings is refused before anything is cleared. Files appear whole or not at all. States of one half only and states
+// that stay on the device are refused.
 
 #include "llama.h"
 
@@ -36,10 +44,12 @@ struct llama_edgekv_params {
     uint32_t window;  // last tokens, always kept
     uint32_t n_keep;  // first tokens, always kept; n_keep + window <= budget
 
-    // for "qfilters": one vector per cache layer and KV head, in the order of the cache's layers, each of the layer's
-    // K head size, F32; a higher projection means: keep. Copied.
-    const float * filters;
-    uint64_t      n_filters; // number of floats
+    // for "qfilters": one vector per KV head of each of these layers of the model, in their order, each of the layer's K
+    // head size, F32; a higher projection means: keep. Layers that are not evicted from are ignored. Copied.
+    const float   * filters;
+    uint64_t        n_filters; // number of floats
+    const int32_t * filter_layers;
+    uint32_t        n_filter_layers;
 
     // collect the second moments of the post-RoPE queries, see llama_edgekv_tap_get()
     bool tap_queries;
@@ -51,12 +61,13 @@ struct llama_edgekv_stats {
     uint32_t cells_allocated; // per sequence
     uint32_t cells_used;      // of the sequence (of all sequences for seq_id -1)
     int64_t  tokens_seen;     // highest true position + 1 (summed over the sequences for seq_id -1)
-    int64_t  floor;           // a tail of the sequence can be removed iff it begins at or above this position
+    int64_t  floor;           // a tail of the sequence can be removed iff it begins at or above this position: tokens
+                              // before it were evicted, left the sliding window or are in a recurrent state
     uint64_t n_evictions;     // of the sequence (of all for -1)
     uint64_t evict_us;        // microseconds spent in the evictions of the whole context
-    uint64_t k_bytes;         // allocated bytes of K, whole context
-    uint64_t v_bytes;         // allocated bytes of V, whole context
-    uint64_t kv_bytes;        // the memory module's buffers, as llama.cpp's own memory breakdown counts them
+    uint64_t k_bytes;         // allocated bytes of K in the cache that is evicted from, all sequences
+    uint64_t v_bytes;         // allocated bytes of V there
+    uint64_t kv_bytes;        // the memory module's buffers, all halves, as llama.cpp's own memory breakdown counts them
     uint64_t scratch_bytes;   // device buffers reserved for evictions
 };
 
@@ -88,6 +99,9 @@ LLAMA_API bool llama_edgekv_set_keep(struct llama_context * ctx, uint32_t n_keep
 
 // Statistics of one sequence, or of all (seq_id -1). Works for contexts without settings too (floor and evictions 0).
 LLAMA_API bool llama_edgekv_get_stats(struct llama_context * ctx, llama_seq_id seq_id, struct llama_edgekv_stats * stats);
+
+// Whether a layer of a model attends to a sliding window only, and so is not evicted from.
+LLAMA_API bool llama_edgekv_is_swa(const struct llama_model * model, int32_t il);
 
 // The layers of the cache that evictions work on, in its order.
 LLAMA_API int32_t llama_edgekv_n_layers(struct llama_context * ctx);

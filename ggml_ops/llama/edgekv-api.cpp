@@ -20,10 +20,10 @@ struct view {
     std::vector<uint32_t> cells; // that are in use, ascending
 };
 
-llama_kv_cache * plain_cache(llama_context * ctx) {
-    auto * kv = ctx ? dynamic_cast<llama_kv_cache *>(ctx->get_memory()) : nullptr;
+llama_kv_cache * find_cache(llama_context * ctx) {
+    auto * kv = ctx ? llama_edgekv_find_caches(ctx->get_memory()).attn : nullptr;
     if (!kv) {
-        llama_edgekv_set_error("the context has no plain KV cache");
+        llama_edgekv_set_error("the context has no KV cache that can be evicted from");
     }
     return kv;
 }
@@ -31,7 +31,7 @@ llama_kv_cache * plain_cache(llama_context * ctx) {
 view sequence(llama_context * ctx, llama_seq_id seq_id, int32_t i_layer) {
     view res;
 
-    auto * kv = plain_cache(ctx);
+    auto * kv = find_cache(ctx);
     if (!kv) {
         return res;
     }
@@ -72,7 +72,7 @@ bool fits(uint32_t n_keep, uint32_t window, uint32_t budget) {
 } // namespace
 
 bool llama_edgekv_set_keep(llama_context * ctx, uint32_t n_keep) {
-    auto * kv = plain_cache(ctx);
+    auto * kv = find_cache(ctx);
     if (!kv) {
         return false;
     }
@@ -117,7 +117,7 @@ bool llama_edgekv_get_stats(llama_context * ctx, llama_seq_id seq_id, llama_edge
         llama_edgekv_set_error("llama_edgekv_stats has another size here: the bindings and the library are of different versions");
         return false;
     }
-    auto * kv = plain_cache(ctx);
+    auto * kv = find_cache(ctx);
     if (!kv) {
         return false;
     }
@@ -161,20 +161,26 @@ bool llama_edgekv_get_stats(llama_context * ctx, llama_seq_id seq_id, llama_edge
             stats->v_bytes += ggml_nbytes(v);
         }
     }
-    for (const auto & [_, size] : kv->memory_breakdown()) {
+    for (const auto & [_, size] : ctx->get_memory()->memory_breakdown()) {
         stats->kv_bytes += size;
     }
 
     return true;
 }
 
+bool llama_edgekv_is_swa(const llama_model * model, int32_t il) {
+    const auto & hparams = model->hparams;
+
+    return il >= 0 && il < (int32_t) hparams.n_layer_all && hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il);
+}
+
 int32_t llama_edgekv_n_layers(llama_context * ctx) {
-    auto * kv = plain_cache(ctx);
+    auto * kv = find_cache(ctx);
     return kv ? (int32_t) kv->get_layer_ids().size() : -1;
 }
 
 bool llama_edgekv_get_layer(llama_context * ctx, int32_t i_layer, llama_edgekv_layer * layer) {
-    auto * kv = plain_cache(ctx);
+    auto * kv = find_cache(ctx);
     if (!kv) {
         return false;
     }

@@ -1,10 +1,14 @@
 #include "edgekv-evict.h"
 
+#include "edgekv-hash.h"
 #include "ggml-edgekv.h"
 
 #include "llama-cparams.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -13,7 +17,22 @@
 #include <limits>
 #include <stdexcept>
 
-void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams, const llama_memory_i * memory) {
+llama_edgekv_caches llama_edgekv_find_caches(llama_memory_i * memory) {
+    llama_edgekv_caches res;
+
+    if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
+        res.attn = kv;
+    } else if (auto * pair = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        res.attn = pair->get_base();
+        res.swa  = pair->get_swa();
+    } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        res.attn = hybrid->get_mem_attn();
+        res.recr = hybrid->get_mem_recr();
+    }
+    return res;
+}
+
+void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory) {
     const auto & hparams = model.hparams;
 
     const auto refuse = [](const char * why) {
@@ -23,12 +42,21 @@ void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams
     if (!memory) {
         refuse("the model has no KV cache");
     }
-    const auto * kv = dynamic_cast<const llama_kv_cache *>(memory);
-    if (!kv) {
-        refuse("only models with a plain KV cache are supported (not sliding-window pairs, hybrids, recurrent or sparse-attention models)");
+    const auto caches = llama_edgekv_find_caches(memory);
+    if (!caches.attn) {
+        refuse("the model's memory is none of: a plain KV cache, a sliding-window pair, a hybrid without sliding windows");
     }
-    if (kv->get_size() != llama_edgekv_kv_size(cparams) || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+    if (caches.attn->get_layer_ids().empty()) {
+        refuse("the model has no layer with full attention");
+    }
+    if (caches.attn->get_size() != llama_edgekv_kv_size(cparams) || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         refuse("contexts for draft heads are not supported");
+    }
+    if (!caches.swa && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        refuse("sliding windows read positions from the cells");
+    }
+    if (caches.swa && hparams.swa_type != LLAMA_SWA_TYPE_STANDARD && hparams.swa_type != LLAMA_SWA_TYPE_CHUNKED) {
+        refuse("the model's kind of sliding window is not supported");
     }
     if (hparams.is_mla()) {
         refuse("multi-head latent attention is not supported");
@@ -53,13 +81,30 @@ void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams
     }
 }
 
+void llama_edgekv_attach(
+        llama_memory_i * memory,
+        const llama_model & model,
+        const llama_cparams & cparams,
+        const std::vector<ggml_backend_t> & backends,
+        const std::vector<ggml_backend_buffer_type_t> & bufts) {
+    if (!cparams.edgekv || !cparams.edgekv->policy) {
+        return;
+    }
+    const auto caches = llama_edgekv_find_caches(memory);
+
+    caches.attn->set_evict(std::make_shared<llama_edgekv_evictor>(caches, model, cparams, backends, bufts));
+}
+
 llama_edgekv_evictor::llama_edgekv_evictor(
-        llama_kv_cache & kv,
+        const llama_edgekv_caches & caches,
         const llama_model & model,
         const llama_cparams & cparams,
         std::vector<ggml_backend_t> backends,
         std::vector<ggml_backend_buffer_type_t> bufts) :
-    kv(kv),
+    caches(caches),
+    kv(*caches.attn),
+    model(model),
+    cparams(cparams),
     cfg(cparams.edgekv),
     keep(cfg->n_keep),
     n_ctx_seq(cparams.n_ctx_seq),
@@ -67,8 +112,6 @@ llama_edgekv_evictor::llama_edgekv_evictor(
     n_threads(cparams.n_threads_batch),
     backends(std::move(backends)),
     streams(kv.n_stream) {
-
-    GGML_UNUSED(model);
 
     load_filters();
 
@@ -136,24 +179,33 @@ void llama_edgekv_evictor::load_filters() {
         return;
     }
 
+    // where each layer's vectors begin
+    std::map<uint32_t, size_t> offsets;
     size_t expected = 0;
-    for (const auto & layer : kv.layers) {
-        expected += (size_t) kv.hparams.n_head_kv(layer.il)*kv.hparams.n_embd_head_k(layer.il);
+    for (const int32_t il : cfg->filter_layers) {
+        if (il < 0 || il >= (int32_t) kv.hparams.n_layer_all) {
+            throw std::runtime_error("the filters do not fit the model: there is no layer " + std::to_string(il));
+        }
+        offsets[il] = expected;
+        expected += (size_t) kv.hparams.n_head_kv(il)*kv.hparams.n_embd_head_k(il);
     }
     if (expected != cfg->filters.size()) {
         throw std::runtime_error("the filters do not fit the model: " + std::to_string(cfg->filters.size()) +
                 " numbers instead of " + std::to_string(expected));
     }
 
-    size_t offset = 0;
     std::vector<float> rotated;
 
     for (const auto & layer : kv.layers) {
         const int64_t n_head = kv.hparams.n_head_kv(layer.il);
         const int64_t n_embd = kv.hparams.n_embd_head_k(layer.il);
 
-        rotated.assign(cfg->filters.begin() + offset, cfg->filters.begin() + offset + n_head*n_embd);
-        offset += n_head*n_embd;
+        const auto it = offsets.find(layer.il);
+        if (it == offsets.end()) {
+            throw std::runtime_error(format("the filters lack layer %u", layer.il));
+        }
+        const auto first = cfg->filters.begin() + it->second;
+        rotated.assign(first, first + n_head*n_embd);
 
         for (int64_t h = 0; h < n_head; ++h) {
             double norm = 0.0;
@@ -216,8 +268,73 @@ llama_pos llama_edgekv_evictor::n_past(uint32_t strm) const {
     return kv.v_cells[strm].seq_pos_max(strm) + 1;
 }
 
+size_t llama_edgekv_evictor::n_layers() const {
+    return kv.layers.size();
+}
+
+uint32_t llama_edgekv_evictor::n_head_kv(size_t i_layer) const {
+    return kv.hparams.n_head_kv(kv.layers[i_layer].il);
+}
+
+llama_edgekv_evictor::identity llama_edgekv_evictor::get_identity() const {
+    identity res = {};
+
+    const auto add = [](uint64_t & h, uint64_t x) { h = llama_edgekv_hash(h, &x, sizeof(x)); };
+
+    const std::string desc = model.desc();
+    res.model = llama_edgekv_hash(res.model, desc.data(), desc.size());
+    add(res.model, model.n_elements());
+    add(res.model, model.size());
+    add(res.model, model.vocab.n_tokens());
+
+    res.filters = llama_edgekv_hash(0, cfg->filters.data(), cfg->filters.size()*sizeof(float));
+    res.filters = llama_edgekv_hash(res.filters, cfg->filter_layers.data(), cfg->filter_layers.size()*sizeof(int32_t));
+
+    for (auto * cache : { caches.attn, caches.swa }) {
+        if (!cache) {
+            continue;
+        }
+        add(res.layout, cache->v_trans);
+        for (const auto & layer : cache->layers) {
+            add(res.layout, layer.il);
+            add(res.layout, layer.k->type);
+            add(res.layout, layer.k->ne[0]);
+            add(res.layout, layer.v->type);
+            add(res.layout, layer.v->ne[0]);
+        }
+    }
+
+    res.n_cells     = kv.get_size();
+    res.n_cells_swa = caches.swa ? caches.swa->get_size() : 0;
+    res.n_ctx_seq   = n_ctx_seq;
+
+    return res;
+}
+
+llama_pos llama_edgekv_evictor::floor(uint32_t strm) const {
+    llama_pos res = streams[strm].floor;
+
+    if (caches.swa) {
+        // the window of the last token that stays must still be there
+        const llama_pos first = caches.swa->v_cells[strm].seq_pos_min(strm);
+        if (first > 0) {
+            res = std::max(res, first + (llama_pos) caches.swa->n_swa - 1);
+        }
+    }
+    if (caches.recr) {
+        res = std::max(res, n_past(strm)); // it cannot roll back
+    }
+    return res;
+}
+
 llama_edgekv_plan llama_edgekv_evictor::plan(const llama_ubatch & ubatch) {
     llama_edgekv_plan res;
+
+    if (!cparams.causal_attn) {
+        llama_edgekv_set_error("attention must stay causal where eviction is on");
+        res.ok = false;
+        return res;
+    }
 
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         const llama_seq_id seq_id = ubatch.seq_id[i][0];
@@ -416,25 +533,35 @@ llama_pos llama_edgekv_evictor::true_position(uint32_t strm, size_t i_layer, uin
 }
 
 bool llama_edgekv_evictor::can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    if (p0 < 0) {
+        p0 = 0;
+    }
+    if (p1 < 0) {
+        p1 = std::numeric_limits<llama_pos>::max();
+    }
     for (uint32_t strm = 0; strm < streams.size(); ++strm) {
-        if (seq_id >= 0 && kv.seq_to_stream[seq_id] != strm) {
+        if (seq_id >= 0 && seq_id != (llama_seq_id) strm) {
             continue;
         }
         const llama_pos n = n_past(strm);
 
-        const bool nothing = std::max(p0, 0) >= std::min(p1, n);
-        const bool all     = p0 <= 0 && p1 >= n;
-        const bool tail    = p1 >= n && p0 >= streams[strm].floor;
+        const bool nothing = p0 >= std::min(p1, n);
+        const bool all     = p0 == 0 && p1 >= n;
+        const bool tail    = p1 >= n && p0 >= floor(strm);
 
         if (!nothing && !all && !tail) {
             llama_edgekv_set_error(p1 < n ?
                 format("positions [%d, %d) are inside the evicted sequence %u: only tails can be removed", p0, p1, strm) :
-                format("tokens from position %d on cannot be removed from sequence %u: an eviction reaches up to %d",
-                        p0, strm, streams[strm].floor));
+                format("tokens from position %d on cannot be removed from sequence %u: its floor is %d",
+                        p0, strm, floor(strm)));
             return false;
         }
     }
     return true;
+}
+
+void llama_edgekv_evictor::refuse_shift() const {
+    llama_edgekv_set_error("positions cannot be shifted or divided where eviction is on");
 }
 
 void llama_edgekv_evictor::removed() {
@@ -456,7 +583,11 @@ bool llama_edgekv_evictor::can_copy(llama_seq_id src, llama_seq_id dst, llama_po
     if (src == dst) {
         return false;
     }
-    if (p0 > 0 || (p1 >= 0 && p1 < n_past(kv.seq_to_stream[src]))) {
+    if (src < 0 || dst < 0 || (uint32_t) std::max(src, dst) >= streams.size()) {
+        llama_edgekv_set_error(format("there are only %u sequences, %d cannot be copied to %d", n_streams(), src, dst));
+        return false;
+    }
+    if (p0 > 0 || (p1 >= 0 && p1 < n_past(src))) {
         llama_edgekv_set_error("only whole sequences can be copied where eviction is on");
         return false;
     }

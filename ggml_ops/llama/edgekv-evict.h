@@ -1,6 +1,8 @@
 #pragma once
 
 // Eviction in one llama_kv_cache: when it is due, which cells stay, how rows move, what may be removed afterwards.
+// The cache is a model's only one, the full-attention half of a sliding-window pair, or the attention half of a hybrid;
+// the other half is never evicted from, but is asked before anything is removed.
 //
 // The state it relies on: in every stream the used cells are the first ones, and they claim the last positions of the
 // sequence in ascending order. It holds because cells are filled in order, only tails can be removed, and an eviction
@@ -20,8 +22,19 @@
 #include <vector>
 
 class  llama_kv_cache;
+class  llama_memory_recurrent;
+struct llama_memory_i;
 struct llama_model;
 struct llama_ubatch;
+
+// what a context's memory consists of, as far as eviction knows it
+struct llama_edgekv_caches {
+    llama_kv_cache         * attn = nullptr; // full attention; NULL: not a memory that eviction knows
+    llama_kv_cache         * swa  = nullptr; // the sliding-window half of a pair
+    llama_memory_recurrent * recr = nullptr; // the recurrent half of a hybrid
+};
+
+llama_edgekv_caches llama_edgekv_find_caches(llama_memory_i * memory);
 
 // streams to be evicted before a ubatch, and how their metadata was before
 struct llama_edgekv_plan {
@@ -36,7 +49,7 @@ class llama_edgekv_evictor {
 public:
     // throws std::runtime_error where a device cannot run the operators or the filters do not fit the cache
     llama_edgekv_evictor(
-            llama_kv_cache & kv,
+            const llama_edgekv_caches & caches,
             const llama_model & model,
             const llama_cparams & cparams,
             std::vector<ggml_backend_t> backends,
@@ -54,6 +67,9 @@ public:
     bool can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
     void removed();
 
+    // positions cannot be shifted or divided: sets the error
+    void refuse_shift() const;
+
     // whole sequences can be copied to another stream; normalises the range
     bool can_copy(llama_seq_id src, llama_seq_id dst, llama_pos & p0, llama_pos & p1) const;
     void copied(uint32_t s_src, uint32_t s_dst);
@@ -67,12 +83,13 @@ public:
 
     const llama_edgekv_settings & settings() const { return *cfg; }
 
-    llama_pos floor(uint32_t strm)       const { return streams[strm].floor; }
+    // a tail can be removed iff it begins here or later; the other half has its say
+    llama_pos floor(uint32_t strm) const;
     uint64_t  n_evictions(uint32_t strm) const { return streams[strm].n_evictions; }
     uint64_t  evict_us()                 const { return t_us; }
     size_t    scratch_bytes()            const;
 
-private:
+    // what a saved state says about one stream besides its cells
     struct stream {
         llama_pos floor       = 0;
         uint64_t  n_evictions = 0;
@@ -82,8 +99,29 @@ private:
         std::vector<std::vector<llama_pos>> moved;
     };
 
+    const stream & get_stream(uint32_t strm) const { return streams[strm]; }
+    void           set_stream(uint32_t strm, stream st) { streams[strm] = std::move(st); }
+
+    uint32_t  n_streams()           const { return (uint32_t) streams.size(); }
     uint32_t  n_used(uint32_t strm) const;
     llama_pos n_past(uint32_t strm) const;
+
+    // what contexts must have in common to read each other's states
+    struct identity {
+        uint64_t model;
+        uint64_t filters;
+        uint64_t layout; // of the cache: layers, heads, types, order of V
+
+        uint32_t n_cells;     // per sequence
+        uint32_t n_cells_swa; // of the other half, 0 if there is none
+        uint32_t n_ctx_seq;
+    };
+    identity get_identity() const;
+
+    uint32_t n_head_kv(size_t i_layer) const;
+    size_t   n_layers() const;
+
+private:
 
     void move_cells(uint32_t strm, uint32_t budget);
 
@@ -99,7 +137,11 @@ private:
     void load_filters();
     void check_devices(ggml_cgraph * gf) const;
 
-    llama_kv_cache & kv;
+    const llama_edgekv_caches caches;
+    llama_kv_cache &          kv; // caches.attn
+
+    const llama_model &   model;
+    const llama_cparams & cparams; // the context's own
 
     const llama_edgekv_settings_ptr cfg;
 
@@ -121,4 +163,12 @@ private:
 };
 
 // Throws std::runtime_error if the model, its cache or the context cannot be evicted from.
-void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams, const struct llama_memory_i * memory);
+void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory);
+
+// Gives the memory's cache an evictor, if the context's settings ask for one. Throws as the constructor does.
+void llama_edgekv_attach(
+        llama_memory_i * memory,
+        const llama_model & model,
+        const llama_cparams & cparams,
+        const std::vector<ggml_backend_t> & backends,
+        const std::vector<ggml_backend_buffer_type_t> & bufts);

@@ -62,7 +62,11 @@ bool llama_edgekv_set_next(const llama_edgekv_params * params) {
             if (!params->filters || params->n_filters == 0) {
                 return refuse(std::string("policy '") + s->policy->name + "' needs filters");
             }
+            if (!params->filter_layers || params->n_filter_layers == 0) {
+                return refuse("the filters do not say for which layers they are");
+            }
             s->filters.assign(params->filters, params->filters + params->n_filters);
+            s->filter_layers.assign(params->filter_layers, params->filter_layers + params->n_filter_layers);
             if (!std::all_of(s->filters.begin(), s->filters.end(), [](float x) { return std::isfinite(x); })) {
                 return refuse("the filters hold values that are not finite");
             }
@@ -91,4 +95,14 @@ uint32_t llama_edgekv_kv_size(const llama_cparams & cparams) {
     const uint64_t wanted = std::min<uint64_t>(cparams.n_ctx_seq, (uint64_t) s->budget + cparams.n_ubatch);
 
     return (uint32_t) std::min<uint64_t>(cparams.n_ctx_seq, GGML_PAD(wanted, 256));
+}
+
+bool llama_edgekv_swa_full(const llama_cparams & cparams, bool swa_full) {
+    return swa_full && !(cparams.edgekv && cparams.edgekv->policy);
+}
+
+uint32_t llama_edgekv_swa_room(const llama_cparams & cparams) {
+    const bool evicts = cparams.edgekv && cparams.edgekv->policy;
+
+    return cparams.n_ubatch + (evicts ? cparams.edgekv->window : 0);
 }

@@ -22,7 +22,8 @@ struct llama_edgekv_settings {
     uint32_t window = 0;
     uint32_t n_keep = 0;
 
-    std::vector<float> filters;
+    std::vector<float>   filters;
+    std::vector<int32_t> filter_layers;
 
     std::shared_ptr<llama_edgekv_tap> tap; // NULL: queries are not tapped
 };
@@ -39,5 +40,11 @@ struct llama_edgekv_settings_guard {
 
 // the cells that a cache for n_ctx_seq tokens per sequence needs under the context's settings
 uint32_t llama_edgekv_kv_size(const llama_cparams & cparams);
+
+// the sliding-window half of a pair: never the whole context where eviction is on, ...
+bool llama_edgekv_swa_full(const llama_cparams & cparams, bool swa_full);
+
+// ... and with room for this many tokens beyond the model's window, so that every tail above the floor can be removed
+uint32_t llama_edgekv_swa_room(const llama_cparams & cparams);
 
 void llama_edgekv_set_error(std::string text);
