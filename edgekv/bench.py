@@ -352,7 +352,7 @@ def _end_with_parent() -> None:
 
 
 def _open(model: str, s: Setting, n_ctx: int, eviction: EvictionSettings) -> Session:
-    filters = load_filters(GGUF(model)).flat() if eviction.policy == "qfilters" else None
+    filters = load_filters(GGUF(model)) if eviction.policy == "qfilters" else None
     return Session(model, n_ctx=n_ctx, n_ubatch=s.n_ubatch, n_threads=s.n_threads, flash_attn=s.flash_attn,
                    type_k=s.type_k, type_v=s.type_v, n_gpu_layers=s.n_gpu_layers, settings=eviction, filters=filters)
 

@@ -99,14 +99,6 @@ class QFilters:
         """All vectors as one float32 array: layer-major, then KV head, then channel."""
         return np.concatenate([v.ravel() for v in self.vectors]) if self.vectors else np.zeros(0, np.float32)
 
-    def select(self, layers: list[int]) -> QFilters:
-        """The filters of these model layers, in this order. EdgekvError if one has none."""
-        missing = [il for il in layers if il not in self.layers]
-        if missing:
-            raise EdgekvError(f"the Q-Filters lack layer {missing[0]}; make them again with edgekv calibrate")
-        return QFilters(**{**self.__dict__, "layers": list(layers),
-                           "vectors": [self.vectors[self.layers.index(il)] for il in layers]})
-
     def validate(self, gguf: GGUF, source: str | os.PathLike[str] | None = None) -> None:
         """Check shape, values and fingerprint against a model.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -352,13 +353,16 @@ class GGUF:
         """The layers with KV heads."""
         return [il for il, n in enumerate(self.head_count_kv) if n]
 
-    def kv_bytes_per_token(self, k_block: tuple[int, int], v_block: tuple[int, int]) -> int | None:
-        """Bytes that one cell takes over all layers, in cache types given as (elements, bytes) of a block.
+    def kv_bytes_per_token(self, k_block: tuple[int, int], v_block: tuple[int, int],
+                           without: Collection[int] = ()) -> int | None:
+        """Bytes that one cell takes over all layers but ``without``, in cache types given as (elements, bytes) of a block.
 
         None if a row does not divide into blocks. Layers with a sliding window are counted like the others.
         """
         total = 0
-        for n in self.head_count_kv:
+        for il, n in enumerate(self.head_count_kv):
+            if il in without:
+                continue
             for width, (elements, size) in ((n * self.key_length, k_block), (n * self.value_length, v_block)):
                 if width % elements:
                     return None

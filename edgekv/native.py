@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from edgekv import _runtime
 from edgekv.errors import EdgekvError
+from edgekv.filters import QFilters
 from edgekv.settings import MODES, EvictionSettings
 
 if not _runtime.lib_path("llama").exists():
@@ -28,6 +30,8 @@ class _Params(ctypes.Structure):
         ("n_keep", ctypes.c_uint32),
         ("filters", ctypes.POINTER(ctypes.c_float)),
         ("n_filters", ctypes.c_uint64),
+        ("filter_layers", ctypes.POINTER(ctypes.c_int32)),
+        ("n_filter_layers", ctypes.c_uint32),
         ("tap_queries", ctypes.c_bool),
     ]
 
@@ -100,6 +104,7 @@ def _bind(name: str, restype, *argtypes):
 
 _ctx_p, _i32, _i64, _u32, _u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint64
 _double_p = ctypes.POINTER(ctypes.c_double)
+_u8_p = ctypes.POINTER(ctypes.c_uint8)
 
 _set_next = _bind("llama_edgekv_set_next", ctypes.c_bool, ctypes.POINTER(_Params))
 _last_error = _bind("llama_edgekv_last_error", ctypes.c_char_p)
@@ -107,6 +112,7 @@ _clear_error = _bind("llama_edgekv_clear_error", None)
 _evict = _bind("llama_edgekv_evict", _i64, _ctx_p, _i32, _u32)
 _set_keep = _bind("llama_edgekv_set_keep", ctypes.c_bool, _ctx_p, _u32)
 _get_stats = _bind("llama_edgekv_get_stats", ctypes.c_bool, _ctx_p, _i32, ctypes.POINTER(_Stats))
+_is_swa = _bind("llama_edgekv_is_swa", ctypes.c_bool, _ctx_p, _i32)
 _n_layers = _bind("llama_edgekv_n_layers", _i32, _ctx_p)
 _get_layer = _bind("llama_edgekv_get_layer", ctypes.c_bool, _ctx_p, _i32, ctypes.POINTER(_Layer))
 _positions = _bind("llama_edgekv_positions", _i64, _ctx_p, _i32, _i32, _i32, ctypes.POINTER(_i32), _i64)
@@ -131,11 +137,11 @@ def _fail(fallback: str) -> EdgekvError:
     return EdgekvError(last_error() or fallback)
 
 
-def set_next(settings: EvictionSettings | None, filters: np.ndarray | None = None, tap_queries: bool = False) -> None:
+def set_next(settings: EvictionSettings | None, filters: QFilters | None = None, tap_queries: bool = False) -> None:
     """Settings for the next context that this thread creates.
 
     Args:
-        filters: flat float32 array, see ``llama_edgekv_params::filters``.
+        filters: for the policy ``qfilters``; layers that are not evicted from are ignored.
 
     Raises:
         EdgekvError: the settings contradict themselves.
@@ -147,9 +153,12 @@ def set_next(settings: EvictionSettings | None, filters: np.ndarray | None = Non
         params.mode = MODES.index(settings.mode)
         params.budget, params.window, params.n_keep = settings.budget, settings.window, settings.keep
         if filters is not None:
-            filters = np.ascontiguousarray(filters, dtype=np.float32)
-            params.filters = filters.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            params.n_filters = filters.size
+            vectors = filters.flat()
+            filter_layers = np.array(filters.layers, dtype=np.int32)
+            params.filters = vectors.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            params.n_filters = vectors.size
+            params.filter_layers = filter_layers.ctypes.data_as(ctypes.POINTER(_i32))
+            params.n_filter_layers = filter_layers.size
     if not _set_next(ctypes.byref(params)):
         raise _fail("the eviction settings were refused")
 
@@ -192,6 +201,41 @@ def layers(ctx) -> list[CacheLayer]:
             raise _fail(f"there is no cache layer {i}")
         result.append(CacheLayer(**{name: getattr(raw, name) for name, _ in _Layer._fields_}))
     return result
+
+
+def swa_layers(path: str | os.PathLike[str]) -> list[int]:
+    """The layers of a model that attend to a sliding window only; reads metadata, allocates nothing.
+
+    Raises:
+        EdgekvError: naming the file, if llama.cpp refuses it.
+    """
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers, params.no_alloc = 0, True
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise EdgekvError(f"{path}: cannot be loaded: llama.cpp refused it")
+    try:
+        return [il for il in range(llama_cpp.llama_model_n_layer(model)) if _is_swa(model, il)]
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def save_state(ctx) -> np.ndarray:
+    """The state of a whole context: uint8, in the format of ``ggml_ops/llama/edgekv-state.h`` (stock without eviction)."""
+    clear_error()
+    size = llama_cpp.llama_state_get_size(ctx)
+    blob = np.empty(size, np.uint8)
+    if size == 0 or llama_cpp.llama_state_get_data(ctx, blob.ctypes.data_as(_u8_p), size) != size:
+        raise _fail("the state cannot be saved")
+    return blob
+
+
+def load_state(ctx, blob: np.ndarray) -> None:
+    """Restore what :func:`save_state` gave. EdgekvError, with the cache untouched, if it does not belong here."""
+    clear_error()
+    blob = np.ascontiguousarray(blob, np.uint8)
+    if blob.size == 0 or llama_cpp.llama_state_set_data(ctx, blob.ctypes.data_as(_u8_p), blob.size) != blob.size:
+        raise _fail("the state is damaged or belongs to another context")
 
 
 def positions(ctx, seq_id: int, i_layer: int, i_head_kv: int) -> np.ndarray:

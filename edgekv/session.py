@@ -11,6 +11,7 @@ import numpy as np
 
 from edgekv import native
 from edgekv.errors import EdgekvError
+from edgekv.filters import QFilters
 from edgekv.settings import EvictionSettings
 
 import llama_cpp
@@ -90,7 +91,7 @@ class Session:
         type_v: str = "f16",
         n_gpu_layers: int = 0,
         settings: EvictionSettings | None = None,
-        filters: np.ndarray | None = None,
+        filters: QFilters | None = None,
         tap_queries: bool = False,
     ):
         self.model = self.ctx = self._batch = None
@@ -180,6 +181,32 @@ class Session:
 
     def evict(self, seq_id: int = 0, budget: int = 0) -> int:
         return native.evict(self.ctx, seq_id, budget)
+
+    def copy(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
+        """Copy a sequence. Void upstream: :func:`edgekv.native.last_error` says if it was refused."""
+        native.clear_error()
+        llama_cpp.llama_memory_seq_cp(self.memory, src, dst, p0, p1)
+
+    def save(self, seq_id: int | None = None) -> bytes:
+        """The state of one sequence, or of the whole context. EdgekvError if it cannot be saved."""
+        if seq_id is None:
+            return native.save_state(self.ctx).tobytes()
+        native.clear_error()
+        size = llama_cpp.llama_state_seq_get_size(self.ctx, seq_id)
+        blob = (ctypes.c_uint8 * size)()
+        if size == 0 or llama_cpp.llama_state_seq_get_data(self.ctx, blob, size, seq_id) != size:
+            raise EdgekvError(native.last_error() or "the state cannot be saved")
+        return bytes(blob)
+
+    def load(self, state: bytes, seq_id: int | None = None) -> None:
+        """Restore a state; EdgekvError if it does not belong here, with the cache untouched."""
+        if seq_id is None:
+            native.load_state(self.ctx, np.frombuffer(state, np.uint8))
+            return
+        native.clear_error()
+        blob = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if llama_cpp.llama_state_seq_set_data(self.ctx, blob, len(state), seq_id) == 0:
+            raise EdgekvError(native.last_error() or "the state is damaged or belongs to another context")
 
     def stats(self, seq_id: int = -1) -> native.CacheStats:
         return native.stats(self.ctx, seq_id)

@@ -1,6 +1,6 @@
 """Eviction on tiny random models, against the NumPy model of the whole rule and against unevicted twins."""
 
-import ctypes
+import copy
 import functools
 import os
 import subprocess
@@ -14,6 +14,7 @@ import oracle
 from edgekv import native
 from edgekv import session as session_module
 from edgekv.errors import EdgekvError
+from edgekv.filters import QFilters
 from edgekv.session import CACHE_TYPES
 from edgekv.settings import EvictionSettings
 from process import python
@@ -84,11 +85,14 @@ class Twins:
     def __init__(self, path, head_size, policy, mode, budget, window, keep, n_ubatch, n_ctx, cache, seed):
         self.rng = np.random.default_rng(seed)
         type_k, type_v, flash_attn = cache
+        self.saved = []
         n_head_kv = {32: 2, 64: 3}[head_size]  # see models()
         filters = self.rng.standard_normal((2, n_head_kv, head_size)).astype(np.float32) if policy == "qfilters" else None
-        self.session = Session(path, n_ctx=n_ctx, n_ubatch=n_ubatch, n_seq_max=2, type_k=type_k, type_v=type_v,
-                               flash_attn=flash_attn, filters=filters,
-                               settings=EvictionSettings(policy, budget, window, keep, mode))
+        self.open = functools.partial(
+            Session, path, n_ctx=n_ctx, n_ubatch=n_ubatch, n_seq_max=2, type_k=type_k, type_v=type_v,
+            flash_attn=flash_attn, filters=None if filters is None else QFilters(list(filters), [0, 1]),
+            settings=EvictionSettings(policy, budget, window, keep, mode))
+        self.session = self.open()
         shapes = [(layer.n_head_kv, layer.k_row_bytes, layer.v_row_bytes) for layer in self.session.layers()]
         if filters is not None:
             filters = oracle.rotated(filters, type_k not in ("f32", "f16", "bf16"))
@@ -166,6 +170,43 @@ class Twins:
             for rule in self.rules:
                 rule.keep = keep
 
+    def copy(self, src: int) -> None:
+        self.session.copy(src, 1 - src)
+        assert native.last_error() == ""
+        self.rules[1 - src] = copy.deepcopy(self.rules[src])
+
+    def save(self, seq_id: int | None) -> None:
+        self.saved.append((seq_id, self.session.save(seq_id), copy.deepcopy(self.rules)))
+
+    def load(self, which: int, seq_id: int) -> None:
+        """One of the saved states: a sequence's goes into either sequence, wherever it comes from."""
+        if not self.saved:
+            return
+        source, state, rules = self.saved[which % len(self.saved)]
+        rules = copy.deepcopy(rules)
+        if source is None:
+            with pytest.raises(EdgekvError, match="wrong sequence state magic"):
+                self.session.load(state, seq_id)
+            self.check()
+            self.session.load(state)
+            self.rules = rules
+        else:
+            with pytest.raises(EdgekvError, match="not that of a whole context"):
+                self.session.load(state)
+            self.check()
+            self.session.load(state, seq_id)
+            rules[source].keep = self.rules[0].keep  # is the context's
+            self.rules[seq_id] = rules[source]
+        event("loaded")
+
+    def move(self) -> None:
+        """Go on in a new context."""
+        state = self.session.save()
+        self.session.close()
+        self.session = self.open()
+        self.session.load(state)
+        assert self.session.save() == state
+
     def clear(self) -> None:
         self.session.clear()
         for rule in self.rules:
@@ -196,6 +237,11 @@ def cases(draw):
         st.tuples(st.just("remove"), st.sampled_from([0, 0, 1, 1, -1]), place, end),
         st.tuples(st.just("evict"), seq_id, st.just(0) | st.integers(1, budget + n_ubatch)),
         st.tuples(st.just("keep"), st.integers(0, budget)),
+        st.tuples(st.just("copy"), seq_id),
+        st.tuples(st.just("save"), st.sampled_from([0, 1, None])),
+        st.tuples(st.just("load"), st.integers(0, 5), seq_id),
+        st.tuples(st.just("load"), st.integers(0, 5), seq_id),
+        st.tuples(st.just("move")),
         st.tuples(st.just("clear")),
     )
     return config, draw(st.lists(command, min_size=6, max_size=40))
@@ -206,7 +252,7 @@ def cases(draw):
 def test_the_whole_rule(models, case):
     config, commands = case
     twins = Twins(models[config["head_size"]], **config)
-    with twins.session:
+    try:
         for command, *arguments in commands:
             if command == "decode":
                 seq_id, n, times = arguments
@@ -231,9 +277,11 @@ def test_the_whole_rule(models, case):
             elif command == "keep":
                 twins.set_keep(*arguments)
             else:
-                twins.clear()
+                getattr(twins, command)(*arguments)
             twins.check()
         event(f"evictions: {min(4, sum(rule.n_evictions for rule in twins.rules))}")
+    finally:
+        twins.session.close()
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=str)
@@ -378,29 +426,6 @@ def test_positions_cannot_be_shifted(evicted, model):
         assert llama_cpp.llama_memory_can_shift(stock.memory)
 
 
-def test_state_is_refused(evicted, model):
-    """Saving and loading fail, and leave the cache as it is."""
-    before = contents(evicted), figures(evicted)
-    with Session(model, n_ctx=512, n_ubatch=16, n_seq_max=2) as stock:
-        stock.read(tokens(30))
-        size = llama_cpp.llama_state_seq_get_size(stock.ctx, 0)
-        blob = (ctypes.c_uint8 * size)()
-        assert llama_cpp.llama_state_seq_get_data(stock.ctx, blob, size, 0) == size
-        whole = (ctypes.c_uint8 * llama_cpp.llama_state_get_size(stock.ctx))()
-        llama_cpp.llama_state_get_data(stock.ctx, whole, len(whole))
-
-        for code in (lambda: llama_cpp.llama_state_seq_get_size(evicted.ctx, 0),
-                     lambda: llama_cpp.llama_state_seq_get_data(evicted.ctx, blob, size, 0),
-                     lambda: llama_cpp.llama_state_seq_set_data(evicted.ctx, blob, size, 0),
-                     lambda: llama_cpp.llama_state_seq_set_data(evicted.ctx, blob, size, 1),
-                     lambda: llama_cpp.llama_state_set_data(evicted.ctx, whole, len(whole)),
-                     lambda: llama_cpp.llama_state_get_size(evicted.ctx)):
-            native.clear_error()
-            assert code() == 0
-            assert "state" in native.last_error()
-            assert (contents(evicted), figures(evicted)) == before and figures(evicted, 1) == (0, 0, 0, 0)
-
-
 # --- which contexts and settings are accepted ------------------------------------------------------------------------
 
 
@@ -424,22 +449,28 @@ def test_contexts_off_the_list_are_refused(model, change, why):
 
 
 good = np.ones(2 * 2 * 32, np.float32)
+BOTH = [0, 1]
 
 
-@pytest.mark.parametrize("given_settings, filters, why", [
-    (EvictionSettings("knorm", 0, 0, 0), None, "at least 1 token"),
-    (EvictionSettings("knorm", 20, 17, 4), None, r"keep \(4\) \+ window \(17\) exceed the budget \(20\)"),
-    (EvictionSettings("knorm", 20, 2**32 - 4, 8), None, "exceed the budget"),
-    (EvictionSettings("lru", 20, 4, 4), None, "unknown eviction policy 'lru'"),
-    (EvictionSettings("qfilters", 20, 4, 4), None, "needs filters"),
-    (EvictionSettings("qfilters", 20, 4, 4), good[:0], "needs filters"),
-    (EvictionSettings("qfilters", 20, 4, 4), np.where(np.arange(128) == 77, np.nan, good), "not finite"),
-    (EvictionSettings("qfilters", 20, 4, 4), np.where(np.arange(128) == 3, np.inf, good), "not finite"),
-    (EvictionSettings("qfilters", 20, 4, 4), good[:-1], "127 numbers instead of 128"),
-    (EvictionSettings("qfilters", 20, 4, 4), np.append(good, 1), "129 numbers instead of 128"),
-    (EvictionSettings("qfilters", 20, 4, 4), np.where(np.arange(128) // 32 == 2, 0, good), "layer 1, KV head 0 is zero"),
+@pytest.mark.parametrize("given_settings, numbers, layers, why", [
+    (EvictionSettings("knorm", 0, 0, 0), None, BOTH, "at least 1 token"),
+    (EvictionSettings("knorm", 20, 17, 4), None, BOTH, r"keep \(4\) \+ window \(17\) exceed the budget \(20\)"),
+    (EvictionSettings("knorm", 20, 2**32 - 4, 8), None, BOTH, "exceed the budget"),
+    (EvictionSettings("lru", 20, 4, 4), None, BOTH, "unknown eviction policy 'lru'"),
+    (EvictionSettings("qfilters", 20, 4, 4), None, BOTH, "needs filters"),
+    (EvictionSettings("qfilters", 20, 4, 4), good[:0], BOTH, "needs filters"),
+    (EvictionSettings("qfilters", 20, 4, 4), np.where(np.arange(128) == 77, np.nan, good), BOTH, "not finite"),
+    (EvictionSettings("qfilters", 20, 4, 4), np.where(np.arange(128) == 3, np.inf, good), BOTH, "not finite"),
+    (EvictionSettings("qfilters", 20, 4, 4), good[:-1], BOTH, "127 numbers instead of 128"),
+    (EvictionSettings("qfilters", 20, 4, 4), np.append(good, 1), BOTH, "129 numbers instead of 128"),
+    (EvictionSettings("qfilters", 20, 4, 4), np.where(np.arange(128) // 32 == 2, 0, good), BOTH, "layer 1, KV head 0 is zero"),
+    (EvictionSettings("qfilters", 20, 4, 4), good, [], "for which layers"),
+    (EvictionSettings("qfilters", 20, 4, 4), good[:64], [1], "lack layer 0"),
+    (EvictionSettings("qfilters", 20, 4, 4), good, [0, 2], "there is no layer 2"),
+    (EvictionSettings("qfilters", 20, 4, 4), good, [-1, 0], "there is no layer -1"),
 ])
-def test_settings_that_contradict_themselves(model, given_settings, filters, why):
+def test_settings_that_contradict_themselves(model, given_settings, numbers, layers, why):
+    filters = None if numbers is None else QFilters([numbers], layers)
     with pytest.raises(EdgekvError, match=why) as error:
         Session(model, n_ctx=256, n_ubatch=16, settings=given_settings, filters=filters)
     assert "\n" not in str(error.value)

@@ -63,13 +63,10 @@ def test_round_trip(model, tmp_path):
     assert filters.read(model) is None
 
 
-def test_flat_and_select():
+def test_flat():
     f = QFilters([np.arange(6).reshape(2, 3), 6 + np.arange(4).reshape(1, 4)], [0, 2])
     assert f.flat().dtype == np.float32 and f.flat().tolist() == list(range(10))
     assert (f.head_count_kv, f.head_size) == ([2, 1], [3, 4])
-    assert f.select([2]).flat().tolist() == [6, 7, 8, 9]
-    with pytest.raises(EdgekvError, match="layer 1"):
-        f.select([0, 1])
 
 
 @pytest.mark.parametrize("change, why", [

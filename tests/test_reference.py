@@ -41,7 +41,7 @@ def imported(smollm2, published, tmp_path_factory):
     """The reference's filters, through the file form in which such filters are published."""
     path = tmp_path_factory.mktemp("reference") / "q_filters.safetensors"
     save_file({"q_filters": published["q_filters_kvpress"]}, path)
-    return filters.from_safetensors(path, GGUF(smollm2)).flat()
+    return filters.from_safetensors(path, GGUF(smollm2))
 
 
 def after_evictions(path, text, policy, keep, budgets, flash_attn, flat):
