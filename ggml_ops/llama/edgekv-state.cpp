@@ -394,6 +394,9 @@ void llama_edgekv_state_read(llama_context & ctx, llama_io_read_i & io, llama_se
     ctx.memory_update(false);
     ctx.synchronize();
 
+    if (!whole) {
+        memory->seq_rm(seq_id, -1, -1); // stock leaves it as it is if the state holds no token
+    }
     try {
         io_memory in(payload);
         memory->state_read(in, seq_id, flags);
