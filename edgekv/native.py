@@ -210,7 +210,7 @@ def swa_layers(path: str | os.PathLike[str]) -> list[int]:
         EdgekvError: naming the file, if llama.cpp refuses it.
     """
     params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers, params.no_alloc = 0, True
+    params.n_gpu_layers, params.no_alloc, params.load_mode = 0, True, llama_cpp.LLAMA_LOAD_MODE_NONE
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise EdgekvError(f"{path}: cannot be loaded: llama.cpp refused it")

@@ -1,4 +1,4 @@
-"""Tiny random models of the llama architecture that llama.cpp loads and runs."""
+"""Tiny random models that llama.cpp loads and runs: plain, sliding-window pairs, hybrids."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import numpy as np
 def write_tiny_model(path: str | os.PathLike[str], *, n_layer: int = 2, n_embd: int = 64, n_head: int = 4,
                      n_head_kv: int = 2, head_size: int = 32, n_ff: int = 96, n_vocab: int = 320, n_ctx: int = 4096,
                      dtype: str = "f32", tokenizer: str = "spm", seed: int = 0, arch: str = "llama",
-                     scale: float = 1.0) -> Path:
+                     scale: float = 1.0, n_swa: int = 32) -> Path:
     """Write a random model and return its path; the same arguments give the same bytes.
 
     ``head_size`` need not be ``n_embd / n_head``. ``dtype`` of the matrices: ``f32`` or ``f16`` (norms are F32 either
     way). ``tokenizer``: ``spm`` (bytes as tokens, so any text has tokens; needs 259 or more) or ``none`` (ids only).
     ``scale`` stretches the Q and K weights: larger makes attention more peaked.
+
+    ``arch``: ``llama``; ``gemma3``, where every second layer has full attention and the others a window of ``n_swa``
+    tokens; ``lfm2``, where every second layer has attention (with ``head_size = n_embd / n_head``) and the others a
+    short convolution.
     """
+    convolution = [arch == "lfm2" and il % 2 == 0 for il in range(n_layer)]
     rng = np.random.default_rng(seed)
     w = gguf.GGUFWriter(os.fspath(path), arch)
     w.add_name("tiny")
@@ -27,13 +32,18 @@ def write_tiny_model(path: str | os.PathLike[str], *, n_layer: int = 2, n_embd: 
     w.add_embedding_length(n_embd)
     w.add_feed_forward_length(n_ff)
     w.add_head_count(n_head)
-    w.add_head_count_kv(n_head_kv)
+    w.add_head_count_kv([0 if c else n_head_kv for c in convolution] if any(convolution) else n_head_kv)
     w.add_key_length(head_size)
     w.add_value_length(head_size)
     w.add_rope_dimension_count(head_size)
     w.add_rope_freq_base(10000.0)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_vocab_size(n_vocab)
+    if arch == "gemma3":
+        w.add_sliding_window(n_swa)
+        w.add_sliding_window_pattern([il % 2 == 0 for il in range(n_layer)])
+    if arch == "lfm2":
+        w.add_shortconv_l_cache(3)
     if tokenizer == "spm":
         tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
         kinds = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.BYTE] * 256
@@ -59,19 +69,30 @@ def write_tiny_model(path: str | os.PathLike[str], *, n_layer: int = 2, n_embd: 
         values = rng.standard_normal((rows, columns), dtype=np.float32) * (factor / np.sqrt(columns))
         w.add_tensor(name, values.astype(matrix_type))
 
-    def norm(name: str) -> None:
-        w.add_tensor(name, 1 + 0.1 * rng.standard_normal(n_embd, dtype=np.float32))
+    def norm(name: str, n: int = n_embd) -> None:
+        w.add_tensor(name, 1 + 0.1 * rng.standard_normal(n, dtype=np.float32))
 
     # the embedding's rows have about unit norm per channel, as if normalised
     matrix("token_embd.weight", n_vocab, n_embd, float(np.sqrt(n_embd)))
-    norm("output_norm.weight")
+    norm("token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight")
     matrix("output.weight", n_vocab, n_embd)
     for il in range(n_layer):
         norm(f"blk.{il}.attn_norm.weight")
-        matrix(f"blk.{il}.attn_q.weight", n_head * head_size, n_embd, scale)
-        matrix(f"blk.{il}.attn_k.weight", n_head_kv * head_size, n_embd, scale)
-        matrix(f"blk.{il}.attn_v.weight", n_head_kv * head_size, n_embd)
-        matrix(f"blk.{il}.attn_output.weight", n_embd, n_head * head_size)
+        if convolution[il]:
+            matrix(f"blk.{il}.shortconv.conv.weight", n_embd, 3)
+            matrix(f"blk.{il}.shortconv.in_proj.weight", 3 * n_embd, n_embd)
+            matrix(f"blk.{il}.shortconv.out_proj.weight", n_embd, n_embd)
+        else:
+            matrix(f"blk.{il}.attn_q.weight", n_head * head_size, n_embd, scale)
+            matrix(f"blk.{il}.attn_k.weight", n_head_kv * head_size, n_embd, scale)
+            matrix(f"blk.{il}.attn_v.weight", n_head_kv * head_size, n_embd)
+            matrix(f"blk.{il}.attn_output.weight", n_embd, n_head * head_size)
+            if arch != "llama":
+                norm(f"blk.{il}.attn_q_norm.weight", head_size)
+                norm(f"blk.{il}.attn_k_norm.weight", head_size)
+        if arch == "gemma3":
+            norm(f"blk.{il}.post_attention_norm.weight")
+            norm(f"blk.{il}.post_ffw_norm.weight")
         norm(f"blk.{il}.ffn_norm.weight")
         matrix(f"blk.{il}.ffn_gate.weight", n_ff, n_embd)
         matrix(f"blk.{il}.ffn_up.weight", n_ff, n_embd)
