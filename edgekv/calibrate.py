@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from edgekv import _runtime, native
 from edgekv.errors import EdgekvError
-from edgekv.filters import QFilters, from_moments, model_fingerprint
+from edgekv.convert import save_filters
+from edgekv.filters import QFilters, from_moments, model_fingerprint, read
 from edgekv.gguf_file import GGUF
+from edgekv.pull import cache_dir
 from edgekv.session import Session
 
 MIN_QUERIES = 3000  # per head; the paper finds more to change little
@@ -89,6 +91,43 @@ def calibrate(
         )
     filters.validate(gguf)
     return filters
+
+
+def filters_for(
+    path: str | os.PathLike[str],
+    *,
+    n_threads: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> QFilters:
+    """A model's filters: those in its file, else those in the user's cache folder, else calibrated now and kept there.
+
+    ``say`` gets a line if they are calibrated.
+
+    Raises:
+        EdgekvError: as :func:`calibrate`, or the file's filters are damaged. A cache folder that cannot be written, or a
+            damaged file in it, is not an error: they are calibrated again.
+    """
+    gguf = GGUF(path)
+    if found := read(gguf):
+        found.validate(gguf)
+        return found
+
+    kept = cache_dir("filters") / f"{model_fingerprint(gguf)}.gguf"
+    try:
+        if kept.is_file() and (found := read(GGUF(kept))):
+            found.validate(gguf, source=kept)
+            return found
+    except EdgekvError:
+        pass
+
+    say(f"{path}: has no Q-Filters, calibrating them once (edgekv convert --with-qfilters puts them into the file)")
+    found = calibrate(path, n_threads=n_threads, progress=True)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_filters(kept, gguf, found)
+    except (EdgekvError, OSError) as error:
+        say(f"the filters are not kept for the next time: {error}")
+    return found
 
 
 def _read_text(path: Path) -> str:

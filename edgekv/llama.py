@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
+import threading
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from edgekv import filters as qfilters_module
 from edgekv import native, session
+from edgekv.checkpoints import Checkpoint, Checkpoints, common_prefix
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
+from edgekv.memory import available_bytes
 from edgekv.settings import EvictionSettings
 
 import llama_cpp
+
+_log = logging.getLogger("edgekv")
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
+_MIB = 1 << 20
 
 
 class Llama(llama_cpp.Llama):
@@ -21,6 +32,10 @@ class Llama(llama_cpp.Llama):
     ``n_ctx`` is the context that can be filled, not the cells that are allocated: with ``kv_evict`` in the default
     mode the cache holds ``kv_budget + n_ubatch`` tokens per KV head, however long the context.
 
+    An evicted cache cannot go back further than its floor. So before an eviction would raise it past a turn's
+    beginning or end, the state is kept as a checkpoint, and a prompt that begins like an earlier one (the same
+    document with another question, an answer to be given again, an edited last turn) goes on from there.
+
     Args:
         kv_evict: ``none`` (byte for byte the stock runtime), ``qfilters``, ``streaming``, ``knorm`` or ``keydiff``.
         kv_budget: tokens kept by an eviction: ``2048``, ``"x8"`` (context / 8) or ``"1.5GiB"``.
@@ -28,6 +43,14 @@ class Llama(llama_cpp.Llama):
         keep: first tokens, always kept (default 4).
         kv_evict_mode: ``bounded`` evicts by itself; ``prompt`` only when :meth:`evict` is called, and saves no memory.
         qfilters: filters to use instead of those in the model's file.
+        cache_ram: MiB for checkpoints, 0: none (default a quarter of the free memory, at most 8192).
+
+    Attributes:
+        timings: of the last completion, under llama-server's names; also in the answers of ``create_completion`` and
+            ``create_chat_completion`` (of a stream, in its last chunk). ``cache_n`` tokens of the prompt were not read
+            again.
+        on_progress: called with (tokens read, tokens to read) while a prompt is read.
+        on_notice: called with a line for people, say that a document has to be read again.
 
     Raises:
         EdgekvError: a setting is wrong, the file has no filters (``edgekv convert --with-qfilters`` adds them) or the
@@ -44,6 +67,7 @@ class Llama(llama_cpp.Llama):
         keep: int | None = None,
         kv_evict_mode: str = "bounded",
         qfilters: qfilters_module.QFilters | None = None,
+        cache_ram: int | None = None,
         n_ctx: int = 512,
         verbose: bool = False,
         **kwargs,
@@ -57,15 +81,25 @@ class Llama(llama_cpp.Llama):
             keep,
             kv_evict_mode,
             n_ctx=n_ctx or gguf.context_length,
-            bytes_per_token=_bytes_per_token(gguf, kwargs.get("type_k"), kwargs.get("type_v")),
+            bytes_per_token=_bytes_per_token(gguf, kv_budget, kwargs.get("type_k"), kwargs.get("type_v")),
         )
-        flat = None
-        if self.eviction.policy == "qfilters":
-            flat = load_filters(gguf, qfilters).flat()
+        filters = load_filters(gguf, qfilters) if self.eviction.policy == "qfilters" else None
+
+        if cache_ram is None:
+            cache_ram = min(8192, (available_bytes() or 0) // 4 // _MIB)
+        self.checkpoints = Checkpoints(cache_ram * _MIB)
+        self.timings: dict[str, float] = {}
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.on_notice: Callable[[str], None] = _log.info
+        self._evicts = self.eviction.policy != "none"
+        self._boundaries: set[int] = set()  # where somebody may want to come back to; no checkpoint has them yet
+        self._message_start: int | None = None  # of the last message of the chat that is about to be read
+        self._interrupted = threading.Event()
+        self._to_read = self._n_read = 0
 
         if not verbose:
             session.silence()
-        native.set_next(self.eviction, flat)
+        native.set_next(self.eviction, filters)
         try:
             super().__init__(model_path, n_ctx=n_ctx, verbose=verbose, **kwargs)
         except ValueError as error:
@@ -77,12 +111,16 @@ class Llama(llama_cpp.Llama):
         if not verbose:
             session.silence()
 
+    # --- the cache ---------------------------------------------------------------------------------------------------
+
     def stats(self) -> native.CacheStats:
         """Figures of the KV cache: cells, tokens seen, evictions, bytes."""
         return native.stats(self.ctx)
 
     def evict(self, budget: int = 0) -> int:
         """Evict now, down to ``budget`` tokens per KV head (0: the context's own). Returns how many left each head."""
+        if self._evicts and self.stats().cells_used > (budget or self.eviction.budget):
+            self._save_boundaries()
         return native.evict(self.ctx, 0, budget)
 
     def set_keep(self, n_keep: int) -> None:
@@ -93,8 +131,220 @@ class Llama(llama_cpp.Llama):
         """True positions of the tokens that this cache layer and KV head hold, int32, ascending."""
         return native.positions(self.ctx, 0, layer, kv_head)
 
-    def chat_tokens(self, messages: list[dict]) -> list[int]:
-        """The tokens that :meth:`create_chat_completion` would read for these messages."""
+    # --- reading prompts ---------------------------------------------------------------------------------------------
+
+    def read(self, tokens: list[int]) -> int:
+        """Make the cache hold exactly these tokens, from a checkpoint if one helps. The end is a place to come back to.
+
+        Returns how many of them were not read again.
+
+        Raises:
+            EdgekvError: they exceed the context.
+        """
+        wanted = np.array(tokens, dtype=np.intc)
+        if len(wanted) > self._n_ctx:
+            raise EdgekvError(f"{len(wanted)} tokens exceed the context of {self._n_ctx}")
+        reused = self._go_back(wanted)
+        by_itself = not self._to_read  # not as part of generate()
+        if by_itself:
+            self._n_read, self._to_read = 0, len(wanted) - reused
+        ends = [len(wanted)]
+        if self._evicts:
+            if self._message_start and self._message_start < len(wanted):
+                ends.insert(0, self._message_start)
+            self._boundaries.update(n for n in ends if not self.checkpoints.covers(wanted[:n]))
+        try:
+            for end in ends if self._is_hybrid else ends[-1:]:
+                if self.n_tokens < end:
+                    self.eval(wanted[self.n_tokens : end].tolist())
+                if self._is_hybrid:  # its state cannot be cut back to here later
+                    self._save_boundaries()
+        finally:
+            if by_itself:
+                self._to_read = 0
+        return reused
+
+    def _go_back(self, tokens: np.ndarray) -> int:
+        """Cut the cache back to the longest possible beginning of ``tokens``, or restore a checkpoint; its length."""
+        self._take_stock()
+        shared = common_prefix(self._input_ids, tokens)
+        here = shared if shared == self.n_tokens or shared >= self.stats().floor else 0
+        found, there = self.checkpoints.best(tokens)
+
+        if here >= there:
+            if any(b - here > self.context_params.n_ubatch for b in self._boundaries):
+                self._save_boundaries()  # another conversation, which may come back
+        else:
+            self._save_boundaries()
+            if self._restore(found):
+                here = there
+            else:
+                return self._go_back(tokens)  # it is gone, the next best will do
+        self._notice_reading_again(tokens, here)
+        self._cut(here)
+        return here
+
+    def _take_stock(self) -> None:
+        """After an exception the cache may hold more than was counted, or less."""
+        seen = self.stats().tokens_seen
+        if self.n_tokens and seen != self.n_tokens and not (seen > self.n_tokens and self._remove(self.n_tokens)):
+            self.n_tokens = 0
+        if self.n_tokens == 0:
+            self._boundaries.clear()
+
+    def _remove(self, p0: int) -> bool:
+        # sequence 0, not -1: a recurrent half takes -1 for everything or nothing
+        return bool(llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.ctx), 0, p0, -1))
+
+    def _cut(self, n: int) -> None:
+        if not self._remove(n):
+            raise EdgekvError(native.last_error() or f"the cache cannot be cut back to {n} tokens")
+        self._boundaries = {b for b in self._boundaries if b <= n}
+        if n != self.n_tokens:
+            self._requires_eval = True
+        self.n_tokens = n
+
+    def _restore(self, checkpoint: Checkpoint) -> bool:
+        try:
+            native.load_state(self.ctx, checkpoint.state)
+        except EdgekvError as error:
+            self.checkpoints.drop(checkpoint)
+            self.on_notice(f"a checkpoint could not be restored: {error}")
+            return False
+        self.checkpoints.touch(checkpoint)
+        self._set_tokens(checkpoint.tokens)
+        return True
+
+    def _set_tokens(self, tokens: np.ndarray) -> None:
+        self.n_tokens = len(tokens)
+        self.input_ids[: len(tokens)] = tokens
+        self._requires_eval = True
+        self._boundaries.clear()
+
+    def _save_boundaries(self) -> None:
+        """Keep the state as a checkpoint if it is the last one that has some place in reach."""
+        if not self._boundaries or not self.n_tokens:
+            return
+        floor = self.stats().floor
+        reached = frozenset(b for b in self._boundaries if floor <= b <= self.n_tokens)
+        self._boundaries = {b for b in self._boundaries if b > self.n_tokens}
+        if reached and self.checkpoints.limit:
+            self.checkpoints.add(Checkpoint(self._input_ids.copy(), floor, reached, native.save_state(self.ctx)))
+
+    def _notice_reading_again(self, tokens: np.ndarray, reused: int) -> None:
+        known = max([common_prefix(self._input_ids, tokens), *(common_prefix(c.tokens, tokens) for c in self.checkpoints)])
+        if known - reused > self.context_params.n_ubatch:
+            self.on_notice(f"{known - reused:,} tokens are read again: no checkpoint goes back to where the prompt "
+                           "differs (--cache-ram gives them more room)")
+
+    def eval(self, tokens) -> None:
+        """Read tokens behind those that the cache holds; see ``llama_cpp.Llama.eval``.
+
+        Raises:
+            KeyboardInterrupt: :meth:`interrupt` was called; what was read so far stays.
+        """
+        step = self.context_params.n_ubatch if self._evicts else self.n_batch
+        for i in range(0, len(tokens), step):
+            chunk = tokens[i : i + step]
+            if self._interrupted.is_set():
+                self._interrupted.clear()
+                raise KeyboardInterrupt
+            if self._boundaries and self._eviction_due(len(chunk)):
+                self._save_boundaries()
+            super().eval(chunk)
+            self._n_read += len(chunk)
+            if self._to_read:
+                self.on_progress(min(self._n_read, self._to_read), self._to_read)
+
+    def _eviction_due(self, n_tokens: int) -> bool:
+        if self.eviction.mode != "bounded":
+            return False
+        return self.stats().cells_used + n_tokens > self.eviction.budget + self.context_params.n_ubatch
+
+    def interrupt(self) -> None:
+        """Stop reading or answering before the next batch, with KeyboardInterrupt; may be called by a signal handler."""
+        self._interrupted.set()
+
+    # --- answering ---------------------------------------------------------------------------------------------------
+
+    def generate(self, tokens, *args, **kwargs) -> Iterator[int]:
+        """See ``llama_cpp.Llama.generate``. With eviction the last token of the prompt is read by itself, so that an
+        answer begun from a checkpoint is the one that was begun there first."""
+        call = _GENERATE.bind(self, list(tokens), *args, **kwargs)
+        call.apply_defaults()
+        tokens = call.arguments["tokens"]
+        began = time.perf_counter()
+        self._interrupted.clear()
+        self._n_read, self._to_read, n_answer, read, answer = 0, len(tokens), 0, None, None
+        try:
+            if call.arguments["reset"]:
+                self._to_read -= self._reusable(tokens[:-1])
+            if self._evicts and call.arguments["reset"] and tokens:
+                self.read(tokens[:-1])
+                call.arguments.update(tokens=tokens[-1:], reset=False)
+            answer = super().generate(*call.args[1:], **call.kwargs)
+            sent = None
+            while True:
+                try:
+                    token = answer.send(sent)
+                except StopIteration:
+                    return
+                if read is None:
+                    read, self._to_read, n_prompt = time.perf_counter(), 0, self._n_read
+                n_answer += 1
+                self._time(len(tokens), n_prompt, read - began, n_answer, time.perf_counter() - read)
+                sent = yield token
+        finally:
+            if answer is not None:
+                answer.close()
+            self._to_read = 0
+            self._message_start = None
+
+    def _reusable(self, tokens: list[int]) -> int:
+        """An estimate for the progress: how many tokens of a prompt will not be read again."""
+        wanted = np.array(tokens, dtype=np.intc)
+        shared = common_prefix(self._input_ids, wanted)
+        here = shared if shared == self.n_tokens or shared >= self.stats().floor else 0
+        return max(here, self.checkpoints.best(wanted)[1])
+
+    def _time(self, n_tokens: int, n_prompt: int, prompt_s: float, n_answer: int, answer_s: float) -> None:
+        # the first token of an answer comes with the prompt
+        self.timings = {
+            "cache_n": n_tokens - n_prompt,
+            "prompt_n": n_prompt,
+            "prompt_ms": prompt_s * 1e3,
+            "prompt_per_second": n_prompt / max(prompt_s, 1e-9),
+            "predicted_n": n_answer,
+            "predicted_ms": answer_s * 1e3,
+            "predicted_per_second": (n_answer - 1) / answer_s if n_answer > 1 else 0.0,
+        }
+
+    def create_completion(self, *args, **kwargs):
+        """See ``llama_cpp.Llama.create_completion``; the answer has ``timings``."""
+        return self._with_timings(super().create_completion(*args, **kwargs))
+
+    def create_chat_completion(self, messages, *args, **kwargs):
+        """See ``llama_cpp.Llama.create_chat_completion``; the answer has ``timings``."""
+        if self._evicts:
+            self._message_start = self._find_message_start(messages, kwargs)
+        return self._with_timings(super().create_chat_completion(messages, *args, **kwargs))
+
+    def _with_timings(self, answer):
+        if isinstance(answer, dict):
+            answer["timings"] = self.timings
+            return answer
+        return self._stream_with_timings(answer)
+
+    def _stream_with_timings(self, chunks):
+        for chunk in chunks:
+            if chunk["choices"] and chunk["choices"][0].get("finish_reason") is not None:
+                chunk = {**chunk, "timings": self.timings}
+            yield chunk
+
+    # --- chats -------------------------------------------------------------------------------------------------------
+
+    def chat_tokens(self, messages: list[dict], **template) -> list[int]:
+        """The tokens that :meth:`create_chat_completion` would read for these messages (and ``tools``, ...)."""
 
         class Captured(Exception):
             pass
@@ -105,7 +355,7 @@ class Llama(llama_cpp.Llama):
         # whichever handler formats the messages, it ends in create_completion
         self.create_completion = capture
         try:
-            self.create_chat_completion(messages)
+            super().create_chat_completion(messages, **template)
         except Captured as captured:
             prompt = captured.args[0]
             return list(prompt) if not isinstance(prompt, str) else self.tokenize(prompt.encode(), special=True)
@@ -116,19 +366,55 @@ class Llama(llama_cpp.Llama):
     def system_tokens(self, messages: list[dict]) -> int:
         """How many of the first tokens do not depend on what the user says after these messages."""
         a, b = (self.chat_tokens([*messages, {"role": "user", "content": word}]) for word in ("a", "0"))
-        return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        return common_prefix(np.array(a), np.array(b))
 
-    def save_state(self):
-        self._refuse_state()
-        return super().save_state()
+    def document_tokens(self, messages: list[dict], text: str) -> list[int]:
+        """The tokens that a user's message has in common with every other one that begins with ``text``."""
+        a, b = (np.array(self.chat_tokens([*messages, {"role": "user", "content": text + word}])) for word in ("a", "0"))
+        return a[: common_prefix(a, b)].tolist()
 
-    def load_state(self, state) -> None:
-        self._refuse_state()
-        super().load_state(state)
+    def _find_message_start(self, messages, options: dict) -> int | None:
+        """Where the last message begins, if the format can be asked."""
+        template = {k: options[k] for k in ("functions", "function_call", "tools", "tool_choice") if k in options}
+        try:
+            role = messages[-1]["role"]
+            a, b = (np.array(self.chat_tokens([*messages[:-1], {"role": role, "content": word}], **template))
+                    for word in ("a", "0"))
+        except Exception:  # a format of images, a template that wants other roles: then there is no such place
+            return None
+        return common_prefix(a, b)
 
-    def _refuse_state(self) -> None:
-        if self.eviction.policy != "none":
-            raise EdgekvError("the state of a context with eviction cannot be saved or loaded yet")
+    # --- states ------------------------------------------------------------------------------------------------------
+
+    def save_state(self) -> llama_cpp.LlamaState:
+        """See ``llama_cpp.Llama.save_state``. Logits are part of it only with ``logits_all``."""
+        state = native.save_state(self.ctx)
+        scores = self._scores.copy() if self._logits_all else self.scores[:0]
+        return llama_cpp.LlamaState(self.input_ids.copy(), scores, self.n_tokens, state.tobytes(), len(state), self._seed)
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """See ``llama_cpp.Llama.load_state``.
+
+        Raises:
+            EdgekvError: the state is damaged or belongs to another model, policy, budget or kind of cache; nothing has
+                changed then.
+        """
+        self.restore(state.input_ids[: state.n_tokens], np.frombuffer(state.llama_state, np.uint8))
+        self.scores[: len(state.scores)] = state.scores
+        self._seed = state.seed
+
+    def restore(self, tokens: np.ndarray, state: np.ndarray) -> None:
+        """Go on from a state of :func:`edgekv.native.save_state` and the tokens that the cache had read then.
+
+        Raises:
+            EdgekvError: as :meth:`load_state`.
+        """
+        native.load_state(self.ctx, state)
+        self._set_tokens(tokens)
+
+    def reset(self) -> None:
+        super().reset()
+        self._boundaries.clear()
 
     def __del__(self) -> None:
         # an argument may have been refused before the bindings set anything up
@@ -148,6 +434,14 @@ def load_filters(gguf: GGUF, given: qfilters_module.QFilters | None = None) -> q
     return found
 
 
-def _bytes_per_token(gguf: GGUF, type_k: int | None, type_v: int | None) -> int:
+def _bytes_per_token(gguf: GGUF, budget: int | str | None, type_k: int | None, type_v: int | None) -> int:
+    """What one token costs in the layers that are evicted from; 0 if the budget is not in bytes."""
+    if not str(budget or "").strip().lower().endswith("b"):
+        return 0
     blocks = [native.type_block(llama_cpp.GGML_TYPE_F16 if t is None else t) for t in (type_k, type_v)]
-    return gguf.kv_bytes_per_token(*blocks) or 0
+    return gguf.kv_bytes_per_token(*blocks, without=window_layers(gguf)) or 0
+
+
+def window_layers(gguf: GGUF) -> list[int]:
+    """The layers that have a sliding window, which are not evicted from."""
+    return native.swa_layers(gguf.path) if f"{gguf.architecture}.attention.sliding_window" in gguf else []

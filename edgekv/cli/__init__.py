@@ -22,6 +22,7 @@ COMMANDS = {
     "pull": "Fetch a model and print its path.",
     "calibrate": "Compute Q-Filters for a model.",
     "convert": "Write a model with Q-Filters in its metadata.",
+    "chat": "Talk with a model about more than its KV cache holds.",
     "run": "Answer a prompt with a bounded KV cache.",
     "inspect": "Show a model's Q-Filters and what its KV cache costs.",
     "bench": "Measure speed and memory across settings.",

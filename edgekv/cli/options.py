@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 from edgekv.cli.common import format_bytes
+from edgekv.cli.talk import read_text, say
 from edgekv.errors import EdgekvError
 from edgekv.settings import POLICIES, parse_budget
 
@@ -45,6 +47,8 @@ _eviction_options = [
                  help="Tokens kept by an eviction: 2048, x8 (context / 8) or 1.5GiB."),
     rare("--kv-window", type=int, metavar="N", help="Last tokens, always kept [default: min(256, budget / 4)]."),
     rare("--keep", type=int, metavar="N", help="First tokens, always kept [default: the system prompt, else 4]."),
+    rare("-cram", "--cache-ram", type=click.IntRange(min=0), metavar="MIB",
+         help="Checkpoints to go back to, 0: none [default: a quarter of the free memory, at most 8192]."),
 ]
 
 _context_options = [
@@ -79,18 +83,27 @@ _sampling_options = [
 ]
 
 
+_grammar_options = [
+    rare("--grammar", metavar="GBNF", help="Answers follow this grammar."),
+    rare("--grammar-file", metavar="FILE", type=click.Path(), help="Answers follow the grammar in this file."),
+    rare("-j", "--json-schema", metavar="SCHEMA", help="Answers are JSON of this schema; {} for any."),
+    rare("-jf", "--json-schema-file", metavar="FILE", type=click.Path(), help="Answers are JSON of the schema in this file."),
+]
+
+
 def context_options(function: Callable) -> Callable:
     """Adds the options of a context; the command gets them as keyword arguments for :func:`open_llama`."""
     return _apply([*_eviction_options, *_context_options, _help_all_option], function)
 
 
 def sampling_options(function: Callable) -> Callable:
-    """Adds the options of sampling; the command passes its keyword arguments to :func:`take_sampling`."""
-    return _apply(_sampling_options, function)
+    """Adds the options of sampling and grammars; the command passes its keyword arguments to :func:`take_sampling` and
+    :func:`take_grammar`."""
+    return _apply([*_sampling_options, *_grammar_options], function)
 
 
 # our name (llama.cpp's) -> the bindings' name
-_SAMPLING = {
+SAMPLING = {
     "n_predict": "max_tokens",
     "temp": "temperature",
     **{name: name for name in ("seed", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
@@ -100,11 +113,35 @@ _SAMPLING = {
 
 def take_sampling(options: dict[str, Any]) -> dict[str, Any]:
     """Takes the sampling options out of a command's: arguments for ``create_completion`` and its like."""
-    values = {theirs: options.pop(ours) for ours, theirs in _SAMPLING.items()}
+    values = {theirs: options.pop(ours) for ours, theirs in SAMPLING.items() if ours in options}
     for name in ("max_tokens", "seed"):
-        if values[name] < 0:  # no limit, no fixed seed
+        if values.get(name, 0) < 0:  # no limit, no fixed seed
             values[name] = None
     return values
+
+
+def take_grammar(options: dict[str, Any]):
+    """Takes the options of grammars out of a command's: a ``LlamaGrammar`` or None. EdgekvError, naming the flag, if it
+    cannot be read or parsed."""
+    from edgekv.grammar import parse_grammar, parse_json_schema
+
+    given = []
+    for name, parse in (("grammar", parse_grammar), ("json_schema", parse_json_schema)):
+        flag = "--" + name.replace("_", "-")
+        text, file = options.pop(name), options.pop(f"{name}_file")
+        if text is not None:
+            given.append((flag, text, parse))
+        if file is not None:
+            given.append((f"{flag}-file {file}", read_text(f"{flag}-file", file), parse))
+    if len(given) > 1:
+        raise EdgekvError(f"{given[0][0].split()[0]} and {given[1][0].split()[0]} both say what the answer looks like: "
+                          "drop one of them")
+    for where, text, parse in given:
+        try:
+            return parse(text)
+        except EdgekvError as error:
+            raise EdgekvError(f"{where}: {error}") from None
+    return None
 
 
 def open_llama(
@@ -122,9 +159,11 @@ def open_llama(
     flash_attn: str,
     n_batch: int,
     n_ubatch: int,
-    say: Callable[[str], None] = lambda line: None,
+    cache_ram: int | None,
 ):
-    """A ready ``edgekv.Llama``; ``say`` gets one line about what ``auto`` decided."""
+    """A ready ``edgekv.Llama``. It says what ``auto`` decided; filters that the model's file lacks come from the user's
+    cache folder, calibrated there once."""
+    from edgekv.calibrate import filters_for
     from edgekv.gguf_file import GGUF
     from edgekv.llama import Llama
     from edgekv.session import CACHE_TYPES as GGML_TYPES
@@ -137,11 +176,14 @@ def open_llama(
     if kv_evict == "none" and kv_budget is not None:
         raise EdgekvError("--kv-budget says what an eviction keeps, but --kv-evict none evicts nothing: drop one of them")
     if kv_evict == "auto":
-        kv_evict, kv_budget = _auto(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch, say)
+        kv_evict, kv_budget = _auto(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch)
 
     threads = n_threads or default_threads()
-    return Llama(
+    llama = Llama(
         model,
+        qfilters=filters_for(model, n_threads=threads, say=say) if kv_evict == "qfilters" else None,
+        cache_ram=cache_ram,
+        seed=secrets.randbits(32),  # the bindings' own default is a fixed one
         kv_evict=kv_evict,
         kv_budget=kv_budget,
         kv_window=kv_window,
@@ -156,26 +198,30 @@ def open_llama(
         type_v=GGML_TYPES[type_v],
         flash_attn=flash_attn == "on" or (flash_attn == "auto" and (n_gpu_layers != 0 or type_v not in ("f32", "f16", "bf16"))),
     )
+    llama.on_notice = say
+    return llama
 
 
-def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int, say) -> tuple[str, str | None]:
+def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int) -> tuple[str, str | None]:
     """What ``--kv-evict auto`` means here: a budget asks for eviction, otherwise the free memory decides."""
     from edgekv import native
-    from edgekv.filters import read
+    from edgekv.llama import window_layers
     from edgekv.memory import available_bytes
     from edgekv.session import CACHE_TYPES as GGML_TYPES
 
-    policy = "qfilters"
-    per_token = gguf.kv_bytes_per_token(native.type_block(GGML_TYPES[type_k]), native.type_block(GGML_TYPES[type_v])) or 0
+    blocks = native.type_block(GGML_TYPES[type_k]), native.type_block(GGML_TYPES[type_v])
+    windows = window_layers(gguf)
+    per_token = gguf.kv_bytes_per_token(*blocks, without=windows) or 0
     if budget is None:
         free = available_bytes()
-        full = per_token * n_ctx
+        full = (gguf.kv_bytes_per_token(*blocks) or 0) * n_ctx
         # the model's pages and the compute buffers want room too
         room = None if free is None else max(0, free - gguf.size) * 4 // 5
         if room is None or full <= room:
             say(f"the whole context of {n_ctx:,} tokens fits the free memory ({format_bytes(full)}): nothing is evicted")
             return "none", None
-        tokens = room // per_token - n_ubatch
+        # layers with sliding windows keep those, which are small beside the context
+        tokens = room // max(per_token, 1) - n_ubatch
         if tokens < 256:
             raise EdgekvError(f"{gguf.path}: {format_bytes(free)} of free memory are not enough for a KV cache")
         budget = str(tokens)
@@ -183,9 +229,4 @@ def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubat
     elif parse_budget(budget, n_ctx=n_ctx, bytes_per_token=per_token) >= n_ctx:
         return "none", None
 
-    if read(gguf) is None:
-        raise EdgekvError(
-            f"{gguf.path}: has no Q-Filters: run `edgekv convert {gguf.path} --with-qfilters`, "
-            "or choose --kv-evict streaming, knorm or keydiff"
-        )
-    return policy, budget
+    return "qfilters", budget

@@ -12,10 +12,12 @@ from edgekv.cli.common import model_option
 def pull(model: str) -> None:
     """Fetch MODEL and print its path.
 
-    MODEL is a known name (smollm2-135m: SmolLM2-135M-Instruct, 94 MiB, Apache-2.0) or hf:ORG/REPO/FILE.gguf. Known
+    MODEL is a known name (smollm2-135m: 94 MiB; gemma3-270m: 241 MiB, a base model) or hf:ORG/REPO/FILE.gguf. Known
     models are kept in the user's cache folder, or in the folder that EDGEKV_CACHE names.
     """
+    from edgekv.pull import KNOWN
     from edgekv.pull import pull as fetch
 
-    click.echo(f"pulling {model}", err=True)
+    licence = f" (licence: {KNOWN[model].licence})" if model in KNOWN else ""
+    click.echo(f"pulling {model}{licence}", err=True)
     click.echo(fetch(model))

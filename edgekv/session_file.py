@@ -1,0 +1,77 @@
+"""Session files: a conversation and the state of its cache, to go on with in another process.
+
+A safetensors file: ``tokens`` int32 and ``state`` uint8 (the runtime's own format, with settings and checksums inside);
+in the metadata ``format``, ``version``, ``model_sha256`` (:func:`edgekv.filters.model_fingerprint`), ``messages`` as JSON,
+and ``sha256`` over tokens, state and messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgekv import atomic
+from edgekv.errors import EdgekvError
+
+FORMAT = "edgekv session"
+VERSION = "1"
+
+
+@dataclass
+class SavedSession:
+    """What a session file holds. ``tokens``: what the cache had read, int32."""
+
+    tokens: np.ndarray
+    state: np.ndarray
+    messages: list[dict]
+    model_sha256: str
+
+    def _digest(self, messages: str) -> str:
+        h = hashlib.sha256()
+        for part in (self.tokens.astype("<i4").tobytes(), self.state.tobytes(), messages.encode()):
+            h.update(len(part).to_bytes(8, "little"))
+            h.update(part)
+        return h.hexdigest()
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, whole or not at all. EdgekvError if it cannot be written."""
+        from safetensors import serialize
+
+        messages = json.dumps(self.messages, ensure_ascii=False)
+        metadata = {"format": FORMAT, "version": VERSION, "model_sha256": self.model_sha256, "messages": messages,
+                    "sha256": self._digest(messages)}
+        tensors = {
+            "tokens": {"dtype": "int32", "shape": [len(self.tokens)], "data": self.tokens.astype("<i4").tobytes()},
+            "state": {"dtype": "uint8", "shape": [len(self.state)], "data": self.state.tobytes()},
+        }
+        atomic.write(path, [serialize(tensors, metadata)])
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> SavedSession:
+        """Read a file. EdgekvError, naming it, if it is no session, of another version or damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise EdgekvError(f"{path}: no such file")
+        try:
+            with safe_open(os.fspath(path), framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise EdgekvError(f"{path}: is not a session of edgekv")
+                if metadata.get("version") != VERSION:
+                    raise EdgekvError(f"{path}: is a session of format version {metadata.get('version')}, this edgekv "
+                                      f"reads version {VERSION}")
+                found = cls(file.get_tensor("tokens"), file.get_tensor("state"), json.loads(metadata["messages"]),
+                            metadata["model_sha256"])
+        except OSError as e:
+            raise EdgekvError(f"{path}: cannot be read: {e.strerror or e}") from None
+        except (SafetensorError, KeyError, ValueError) as e:
+            raise EdgekvError(f"{path}: is not a session of edgekv, or damaged ({type(e).__name__})") from None
+        if found._digest(metadata["messages"]) != metadata.get("sha256"):
+            raise EdgekvError(f"{path}: is damaged: its checksum does not match")
+        return found
