@@ -83,7 +83,7 @@ class Llama(llama_cpp.Llama):
             n_ctx=n_ctx or gguf.context_length,
             bytes_per_token=_bytes_per_token(gguf, kv_budget, kwargs.get("type_k"), kwargs.get("type_v")),
         )
-        filters = load_filters(gguf, qfilters) if self.eviction.policy == "qfilters" else None
+        self.filters = load_filters(gguf, qfilters) if self.eviction.policy == "qfilters" else None
 
         if cache_ram is None:
             cache_ram = min(8192, (available_bytes() or 0) // 4 // _MIB)
@@ -99,7 +99,7 @@ class Llama(llama_cpp.Llama):
 
         if not verbose:
             session.silence()
-        native.set_next(self.eviction, filters)
+        native.set_next(self.eviction, self.filters)
         try:
             super().__init__(model_path, n_ctx=n_ctx, verbose=verbose, **kwargs)
         except ValueError as error:

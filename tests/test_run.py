@@ -52,7 +52,6 @@ def test_auto_bounds_the_cache_by_free_memory(model, plain, monkeypatch):
     monkeypatch.setattr("edgekv.memory.available_bytes", lambda: size + (500 + 64) * per_token * 5 // 4)
     r = edgekv("run", model, "-p", "question", *RUN)
     assert r.exit_code == 0 and "500 tokens are kept" in r.stderr and "of 768 cells used" in r.stderr
-    assert "has no Q-Filters" in edgekv("run", plain, "-p", "x", *RUN).stderr
 
     monkeypatch.setattr("edgekv.memory.available_bytes", lambda: 1000)
     fails("1000 B of free memory are not enough", "run", model, "-p", "x", *RUN)
@@ -93,9 +92,19 @@ def test_bad_input(model, why, arguments, status):
     assert last.startswith("edgekv: error: ") and why in last and "Traceback" not in r.output
 
 
-def test_model_without_filters(plain):
-    fails("has no Q-Filters: run `edgekv convert", "run", plain, "-p", "x", "--kv-evict", "qfilters", "--kv-budget", 64)
-    fails("has no Q-Filters: run `edgekv convert", "run", plain, "-p", "x", "--kv-budget", 64)
+def test_model_without_filters(plain, tmp_path, monkeypatch):
+    """They are calibrated once, into the user's cache folder; the library leaves that to its caller."""
+    monkeypatch.setenv("EDGEKV_CACHE", str(tmp_path))
+    with pytest.raises(EdgekvError, match="has no Q-Filters: run `edgekv convert"):
+        package.Llama(plain, kv_evict="qfilters", kv_budget=64)
+    arguments = ["run", plain, "-p", "x", "--kv-budget", 64, *RUN]
+    first = edgekv(*arguments)
+    (kept,) = (tmp_path / "filters").iterdir()
+    assert first.exit_code == 0 and "calibrating them once" in first.stderr
+    written = kept.stat().st_mtime_ns
+    assert "calibrating" not in edgekv(*arguments).stderr and kept.stat().st_mtime_ns == written
+    kept.write_bytes(b"damaged")
+    assert "calibrating" in edgekv(*arguments).stderr and "calibrating" not in edgekv(*arguments).stderr
     assert edgekv("run", plain, "-p", "x", "--kv-evict", "keydiff", "--kv-budget", 64, *RUN).exit_code == 0
 
 

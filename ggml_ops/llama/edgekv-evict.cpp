@@ -311,6 +311,19 @@ llama_edgekv_evictor::identity llama_edgekv_evictor::get_identity() const {
     return res;
 }
 
+int64_t llama_edgekv_evictor::swa_head(uint32_t strm) const {
+    if (!caches.swa || caches.swa->v_cells[strm].used_max_p1() != caches.swa->v_cells[strm].get_used()) {
+        return -1;
+    }
+    return caches.swa->v_heads[strm];
+}
+
+void llama_edgekv_evictor::set_swa_head(uint32_t strm, int64_t head) {
+    if (head >= 0 && caches.swa && head <= (int64_t) caches.swa->get_size()) {
+        caches.swa->v_heads[strm] = (uint32_t) head;
+    }
+}
+
 llama_pos llama_edgekv_evictor::floor(uint32_t strm) const {
     llama_pos res = streams[strm].floor;
 

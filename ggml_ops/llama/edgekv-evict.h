@@ -102,6 +102,11 @@ public:
     const stream & get_stream(uint32_t strm) const { return streams[strm]; }
     void           set_stream(uint32_t strm, stream st) { streams[strm] = std::move(st); }
 
+    // Where the sliding-window half goes on writing, -1 if there is none or its used cells are not the first ones. Stock
+    // does not restore it; the cells would come in another order, and the last bits of a sum depend on that.
+    int64_t swa_head(uint32_t strm) const;
+    void    set_swa_head(uint32_t strm, int64_t head);
+
     uint32_t  n_streams()           const { return (uint32_t) streams.size(); }
     uint32_t  n_used(uint32_t strm) const;
     llama_pos n_past(uint32_t strm) const;

@@ -45,6 +45,7 @@ struct state_head {
     struct sequence {
         uint32_t  n_used = 0;
         llama_pos n_past = 0;
+        int64_t   head   = -1; // see swa_head()
 
         llama_edgekv_evictor::stream stream;
     };
@@ -115,7 +116,7 @@ void walk_fields(Walk & f, Head & h) {
 
 template <typename Walk, typename Sequence>
 void walk_fields(Walk & f, Sequence & s, const llama_edgekv_evictor & evict) {
-    f(s.n_used); f(s.n_past); f(s.stream.floor); f(s.stream.n_evictions); f(s.stream.n_moved);
+    f(s.n_used); f(s.n_past); f(s.head); f(s.stream.floor); f(s.stream.n_evictions); f(s.stream.n_moved);
     f.resize(s.stream.moved); // empty before the first eviction
     if (s.stream.moved.empty()) {
         return;
@@ -286,7 +287,8 @@ void llama_edgekv_state_write(llama_context & ctx, llama_io_write_i & io, llama_
     head.whole  = whole;
 
     for (uint32_t s = whole ? 0 : seq_id; s < (whole ? evict->n_streams() : seq_id + 1); ++s) {
-        head.sequences.push_back({ evict->n_used(s), evict->n_past(s), evict->get_stream(s) });
+        // the state of one sequence lacks the cells that its window no longer reaches
+        head.sequences.push_back({ evict->n_used(s), evict->n_past(s), whole ? evict->swa_head(s) : -1, evict->get_stream(s) });
     }
 
     io_count count;
@@ -410,7 +412,10 @@ void llama_edgekv_state_read(llama_context & ctx, llama_io_read_i & io, llama_se
     }
 
     for (size_t i = 0; i < head.sequences.size(); ++i) {
-        evict->set_stream(whole ? (uint32_t) i : (uint32_t) seq_id, std::move(head.sequences[i].stream));
+        const uint32_t strm = whole ? (uint32_t) i : (uint32_t) seq_id;
+
+        evict->set_stream(strm, std::move(head.sequences[i].stream));
+        evict->set_swa_head(strm, head.sequences[i].head);
     }
     if (whole) { // it is the context's, not a sequence's
         evict->set_keep(head.n_keep);
