@@ -2,7 +2,7 @@
 
 A safetensors file: ``tokens`` int32 and ``state`` uint8 (the runtime's own format, with settings and checksums inside);
 in the metadata ``format``, ``version``, ``model_sha256`` (:func:`edgekv.filters.model_fingerprint`), ``messages`` as JSON,
-and ``sha256`` over tokens, state and messages.
+and ``sha256`` over tokens, state, messages and model_sha256.
 """
 
 from __future__ import annotations
@@ -33,23 +33,21 @@ class SavedSession:
 
     def _digest(self, messages: str) -> str:
         h = hashlib.sha256()
-        for part in (self.tokens.astype("<i4").tobytes(), self.state.tobytes(), messages.encode()):
+        for part in (self.tokens.astype("<i4").tobytes(), self.state.tobytes(), messages.encode(),
+                     self.model_sha256.encode()):
             h.update(len(part).to_bytes(8, "little"))
             h.update(part)
         return h.hexdigest()
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all. EdgekvError if it cannot be written."""
-        from safetensors import serialize
+        from safetensors.numpy import save
 
         messages = json.dumps(self.messages, ensure_ascii=False)
         metadata = {"format": FORMAT, "version": VERSION, "model_sha256": self.model_sha256, "messages": messages,
                     "sha256": self._digest(messages)}
-        tensors = {
-            "tokens": {"dtype": "int32", "shape": [len(self.tokens)], "data": self.tokens.astype("<i4").tobytes()},
-            "state": {"dtype": "uint8", "shape": [len(self.state)], "data": self.state.tobytes()},
-        }
-        atomic.write(path, [serialize(tensors, metadata)])
+        tensors = {"tokens": np.ascontiguousarray(self.tokens, np.int32), "state": np.ascontiguousarray(self.state)}
+        atomic.write(path, [save(tensors, metadata)])
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> SavedSession:
