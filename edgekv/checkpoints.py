@@ -72,16 +72,16 @@ class Checkpoints:
         return new.floor <= old.floor and max(old.boundaries, default=0) <= common_prefix(new.tokens, old.tokens)
 
     def best(self, tokens: np.ndarray) -> tuple[Checkpoint | None, int]:
-        """The checkpoint that saves most of reading these tokens, and how many it saves."""
-        found, most = None, 0
-        for item in self._items:
-            if (n := item.serves(tokens)) > most:
-                found, most = item, n
-        return found, most
+        """The checkpoint that saves most of reading these tokens, and how many it saves. Among equals the one that was
+        evicted from least."""
+        served = [(item.serves(tokens), -item.floor, item) for item in self._items]
+        n, _, found = max(served, key=lambda x: x[:2], default=(0, 0, None))
+        return (found, n) if n else (None, 0)
 
-    def covers(self, tokens: np.ndarray) -> bool:
-        """Whether a prompt that begins with these tokens can go on from a checkpoint without reading any of them."""
-        return any(item.serves(tokens) == len(tokens) for item in self._items)
+    def covers(self, tokens: np.ndarray, floor: int) -> bool:
+        """Whether a prompt that begins with these tokens can go on from a checkpoint without reading any of them, and
+        without more evictions than a state of this floor has seen."""
+        return any(item.floor <= floor and item.serves(tokens) == len(tokens) for item in self._items)
 
     def touch(self, item: Checkpoint) -> None:
         """It was used."""

@@ -152,7 +152,8 @@ class Llama(llama_cpp.Llama):
         if self._evicts:
             if self._message_start and self._message_start < len(wanted):
                 ends.insert(0, self._message_start)
-            self._boundaries.update(n for n in ends if not self.checkpoints.covers(wanted[:n]))
+            floor = self.stats().floor
+            self._boundaries.update(n for n in ends if not self.checkpoints.covers(wanted[:n], floor))
         try:
             for end in ends if self._is_hybrid else ends[-1:]:
                 if self.n_tokens < end:
@@ -167,11 +168,11 @@ class Llama(llama_cpp.Llama):
     def _go_back(self, tokens: np.ndarray) -> int:
         """Cut the cache back to the longest possible beginning of ``tokens``, or restore a checkpoint; its length."""
         self._take_stock()
-        shared = common_prefix(self._input_ids, tokens)
-        here = shared if shared == self.n_tokens or shared >= self.stats().floor else 0
+        here = self._served_here(tokens)
         found, there = self.checkpoints.best(tokens)
 
-        if here >= there:
+        # among equals the one that was evicted from least: an answer given again is the same one then
+        if found is None or (here, -self.stats().floor) >= (there, -found.floor):
             if any(b - here > self.context_params.n_ubatch for b in self._boundaries):
                 self._save_boundaries()  # another conversation, which may come back
         else:
@@ -303,9 +304,12 @@ class Llama(llama_cpp.Llama):
     def _reusable(self, tokens: list[int]) -> int:
         """An estimate for the progress: how many tokens of a prompt will not be read again."""
         wanted = np.array(tokens, dtype=np.intc)
-        shared = common_prefix(self._input_ids, wanted)
-        here = shared if shared == self.n_tokens or shared >= self.stats().floor else 0
-        return max(here, self.checkpoints.best(wanted)[1])
+        return max(self._served_here(wanted), self.checkpoints.best(wanted)[1])
+
+    def _served_here(self, tokens: np.ndarray) -> int:
+        """How many of these tokens the cache holds and can be cut back to."""
+        shared = common_prefix(self._input_ids, tokens)
+        return shared if shared == self.n_tokens or shared >= self.stats().floor else 0
 
     def _time(self, n_tokens: int, n_prompt: int, prompt_s: float, n_answer: int, answer_s: float) -> None:
         # the first token of an answer comes with the prompt

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgekv import native
 from edgekv.llama import Llama
-from edgekv.session import Session
+from edgekv.session import CACHE_TYPES, Session
 
 
 class Recorded(Llama):
@@ -13,6 +14,7 @@ class Recorded(Llama):
 
     def __init__(self, *args, **kwargs):
         self.log: list[tuple] = []
+        self.n_keep: int | None = None
         self._logs: dict[int, list[tuple]] = {}
         super().__init__(*args, **kwargs)
         decode = self._ctx.decode
@@ -24,6 +26,10 @@ class Recorded(Llama):
             decode(batch)
 
         self._ctx.decode = recorded
+
+    def set_keep(self, n_keep):
+        super().set_keep(n_keep)
+        self.n_keep = n_keep
 
     def _cut(self, n):
         super()._cut(n)
@@ -43,23 +49,19 @@ class Recorded(Llama):
 
     def replayed(self, upto: int | None = None) -> Session:
         """A fresh context of the same settings, led through the log (or its first ``upto`` entries)."""
-        names = {value: name for name, value in _types().items()}
+        names = {value: name for name, value in CACHE_TYPES.items()}
         p = self.context_params
         session = Session(self.model_path, n_ctx=p.n_ctx, n_ubatch=p.n_ubatch, n_batch=p.n_batch, n_threads=p.n_threads,
                           type_k=names[p.type_k], type_v=names[p.type_v], flash_attn=p.flash_attn_type == 1,
                           settings=self.eviction, filters=self.filters)
+        if self.n_keep is not None:
+            native.set_keep(session.ctx, self.n_keep)
         for kind, what, *where in self.log[:upto]:
             if kind == "cut":
                 assert session.remove(what)
             else:
                 session.decode(what, *where, logits="last")
         return session
-
-
-def _types():
-    from edgekv.session import CACHE_TYPES
-
-    return CACHE_TYPES
 
 
 def greedy(session: Session, first: np.ndarray, pos: int, n: int) -> list[int]:

@@ -238,7 +238,10 @@ def test_what_a_checkpoint_serves():
     store.add(c)
     store.add(checkpoint([*range(4)], floor=2, boundaries=[4]))
     assert store.best(np.arange(3))[1] == 3 and store.best(np.arange(7)) == (c, 7)
-    assert store.covers(np.arange(8)) and not store.covers(np.arange(5))
+    assert store.covers(np.arange(8), 6) and not store.covers(np.arange(8), 5) and not store.covers(np.arange(5), 9)
+    less = checkpoint([*range(12)], floor=4, boundaries=[12])
+    store.add(less)
+    assert store.best(np.arange(8)) == (less, 8)
 
 
 def test_one_that_adds_nothing_is_replaced():

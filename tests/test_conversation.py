@@ -113,13 +113,13 @@ def test_going_back(llama):
 
     def check(what, n_known: int):
         n_prompt = llama.timings["cache_n"] + llama.timings["prompt_n"]
-        n = min(llama.n_tokens - n_prompt, 200)
-        assert replayed_answer(llama, n) == tokens_of(llama, n_prompt, n)
+        n = min(llama.n_tokens - n_prompt, 50)
+        assert replayed_answer(llama, n) == tokens_of(llama, n_prompt, n), what
         figures.append(f"{what}: {llama.timings['prompt_n']} of {n_prompt} tokens read")
         assert llama.timings["cache_n"] >= n_known
         return n_prompt
 
-    say(conversation, document(llama, 3000) + "\n\nWhat is this text about?")
+    say(conversation, document(llama, 2000) + "\n\nWhat is this text about?")
     n_first = check("first question", 0)
     first = conversation.messages[-1]["content"]
     say(conversation, "Tell me more.")
@@ -130,7 +130,6 @@ def test_going_back(llama):
     answer = say(conversation, "Write a long story about a lighthouse.")
     n_third = check("third", n_second - 1)
     assert llama.n_tokens - n_third == 699 and llama.stats().floor > n_third
-    # stopped at once: only how it begins is compared, 200 tokens of it
     assert say(conversation) == answer
     assert llama.timings["prompt_n"] == 1
     check("/regen of 700 tokens", n_third - 1)
@@ -146,7 +145,7 @@ def test_going_back(llama):
     check("an edit of the last turn", n_first - 1)
     conversation.undo()
     conversation.undo()
-    say(conversation, document(llama, 3000) + "\n\nWhat is this text about?")
+    say(conversation, document(llama, 2000) + "\n\nWhat is this text about?")
     check("/undo of all, the first again", n_first - 1)
     assert conversation.messages[-1]["content"] == first
     print("\n" + "\n".join(figures) + f"\n{len(llama.checkpoints)} checkpoints of {llama.checkpoints.nbytes:,} bytes")
@@ -362,6 +361,9 @@ def test_answers_that_follow_a_grammar(smollm2):
     assert isinstance(json.loads(r.stdout)["a"], int)
 
 
+PROMPT = r"(^|\n)>"
+
+
 class Screen:
     """A process on a pseudo-terminal: what it shows, without the escape sequences, and keys for it."""
 
@@ -373,11 +375,11 @@ class Screen:
             os.execvpe(command[0], command, env)
         self.text = ""
 
-    def wait(self, pattern: str, timeout: float = 300) -> str:
+    def wait(self, pattern: str, timeout: float = 60) -> str:
         """Until the pattern has come since the last call; what came up to its end."""
         end = time.monotonic() + timeout
         while not (found := re.search(pattern, self.text)):
-            assert time.monotonic() < end, f"no {pattern!r} in {self.text!r}"
+            assert time.monotonic() < end, f"no {pattern!r} in {self.text[-2000:]!r}"
             if select.select([self.fd], [], [], 1)[0]:
                 try:
                     data = os.read(self.fd, 65536)
@@ -385,6 +387,7 @@ class Screen:
                     data = b""
                 assert data, f"ended without {pattern!r}: {self.text!r}"
                 self.text += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r", "", data.decode(errors="replace"))
+                self.text = re.sub("\x08", "", self.text)
         seen, self.text = self.text[: found.end()], self.text[found.end() :]
         return seen
 
@@ -413,44 +416,44 @@ def test_a_terminal_session(llama, smollm2, tmp_path):
 
     screen = Screen(command, env)
     screen.wait("has no Q-Filters, calibrating them once")
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys(f"/file {text}\r")
     screen.wait(r"text\.txt: 3,\d\d\d tokens read")
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys("Write a very long story about the lighthouse.\r")
     screen.wait("lighthouse\\.\n")  # the echo
     screen.wait(r"\w+ \w+ \w+ \w+ ")
     screen.keys("\x03")
     screen.wait("stopped", 30)
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys("/set n_predict 24\r")
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys("/regen\r")
     screen.wait(r"(\w+ ){8}")
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys("/stats\r")
     seen = screen.wait(r"evictions in .* checkpoints")
     assert re.search(r"prompt 1 tokens in .*\((3,\d\d\d) more were in the cache\)", seen), seen
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys(f"/save {saved}\r")
     screen.wait("saved: saved")
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys("And then?\r")
     screen.wait(r"And then\?\n")
-    after = screen.wait(r"\n(?=(edgekv: .*\n)?> )")
+    after = screen.wait(r"\n(?=(edgekv: .*\n)?>)")
     screen.keys("\x04")
     assert screen.ended() == 0
 
     screen = Screen(command, env)
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys(f"/load {saved}\r")
     screen.wait(r"saved: 1 turns, 3,\d\d\d tokens")
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys("/set n_predict 24\r")
-    screen.wait("> ")
+    screen.wait(PROMPT)
     screen.keys("And then?\r")
     screen.wait(r"And then\?\n")
-    again = screen.wait(r"\n(?=(edgekv: .*\n)?> )")
+    again = screen.wait(r"\n(?=(edgekv: .*\n)?>)")
     assert again.strip() == after.strip() != ""
     screen.keys("/exit\r")
     assert screen.ended() == 0
