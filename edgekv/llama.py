@@ -150,8 +150,9 @@ class Llama(llama_cpp.Llama):
             self._n_read, self._to_read = 0, len(wanted) - reused
         ends = [len(wanted)]
         if self._evicts:
-            if self._message_start and self._message_start < len(wanted):
-                ends.insert(0, self._message_start)
+            # where the message begins, and where a question behind a document may
+            likely = {self._message_start or 0, len(wanted) - self.context_params.n_ubatch}
+            ends = [*sorted(n for n in likely if reused < n < len(wanted)), len(wanted)]
             floor = self.stats().floor
             self._boundaries.update(n for n in ends if not self.checkpoints.covers(wanted[:n], floor))
         try:

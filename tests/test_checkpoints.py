@@ -73,6 +73,19 @@ def test_the_same_document_another_question(model):
     assert again == first and llama.timings["prompt_n"] <= 10
 
 
+@pytest.mark.parametrize("n", (5, 17, 31, 32))
+def test_questions_as_long_as_a_ubatch(plain, n):
+    """Longer than the window (16), in one message with the document, and whatever its length leaves of a ubatch."""
+    for n_document in range(590, 630, 3):
+        llama = Recorded(plain, **OPTIONS)
+        document = text(n_document)
+        answer(llama, document + text(n, 1), 40)
+        answer(llama, document + text(n, 2), 3)
+        assert llama.timings["prompt_n"] <= n + 1
+        with llama.replayed() as fresh:
+            assert held(fresh) == held(llama)
+
+
 def test_a_long_answer_again(model):
     """Evictions during the answer have taken the prompt's end out of reach: a checkpoint was made in time."""
     llama = Recorded(model, **OPTIONS)

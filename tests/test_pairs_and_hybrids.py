@@ -117,6 +117,16 @@ def test_memory_of_a_pair(models):
         assert s.stats().kv_bytes == 2 * 256 * (2 * 768 + 2 * 256)
 
 
+def test_budgets_in_bytes_count_the_layers_that_are_evicted_from(models):
+    """Two of four layers, 256 bytes each: 512 bytes a token."""
+    from edgekv.llama import Llama
+
+    llama = Llama(models["gemma3"], n_ctx=1024, n_threads=1, n_batch=16, n_ubatch=16, kv_evict="knorm", kv_budget="25600B")
+    assert llama.eviction.budget == 50
+    llama = Llama(models["lfm2"], n_ctx=1024, n_threads=1, n_batch=16, n_ubatch=16, kv_evict="knorm", kv_budget="25.6kB")
+    assert llama.eviction.budget == 50
+
+
 def test_window_of_a_pair_is_exact(models):
     """Where nothing is evicted, every removal that is granted leaves what a context has that never read the tail."""
     text = tokens(500)

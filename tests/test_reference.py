@@ -92,7 +92,8 @@ def test_parity(smollm2, reference, published, imported, policy, flash_attn):
 def test_the_measure_sees_a_wrong_sign(smollm2, reference, published, imported):
     """Keeping the lowest scores instead must not pass for parity."""
     want, kept = reference["policies"]["qfilter@0.75"], published["kept_qfilter_0.75"]
-    with after_evictions(smollm2, reference["tokens"], "qfilters", 0, [want["kept"]], True, -imported) as session:
+    lowest = filters.QFilters([-v for v in imported.vectors], imported.layers)
+    with after_evictions(smollm2, reference["tokens"], "qfilters", 0, [want["kept"]], True, lowest) as session:
         agreement = [len(np.intersect1d(session.positions(il, h), kept[il, h])) / kept.shape[2]
                      for il in range(kept.shape[0]) for h in range(kept.shape[1])]
         difference = nll_mean(session, reference["tokens"], 0) - want["nll_mean"]

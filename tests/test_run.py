@@ -95,6 +95,7 @@ def test_bad_input(model, why, arguments, status):
 def test_model_without_filters(plain, tmp_path, monkeypatch):
     """They are calibrated once, into the user's cache folder; the library leaves that to its caller."""
     monkeypatch.setenv("EDGEKV_CACHE", str(tmp_path))
+    monkeypatch.setattr("edgekv.calibrate.calibrate", lambda path, **_: random_filters(GGUF(path)))
     with pytest.raises(EdgekvError, match="has no Q-Filters: run `edgekv convert"):
         package.Llama(plain, kv_evict="qfilters", kv_budget=64)
     arguments = ["run", plain, "-p", "x", "--kv-budget", 64, *RUN]

@@ -194,12 +194,15 @@ struct io_memory : public llama_io_read_i {
 
 // --- checks ----------------------------------------------------------------------------------------------------------
 
-void check_flags(llama_state_seq_flags flags) {
+void check_call(const llama_edgekv_evictor & evict, llama_seq_id seq_id, llama_state_seq_flags flags) {
     if (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) {
         fail("where eviction is on, the state of one half of the memory cannot be saved or loaded");
     }
     if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) {
         fail("where eviction is on, a state cannot stay on the device");
+    }
+    if (seq_id >= 0 && (uint32_t) seq_id >= evict.n_streams()) {
+        fail(format("there is no sequence %d", seq_id));
     }
 }
 
@@ -264,12 +267,9 @@ void llama_edgekv_state_write(llama_context & ctx, llama_io_write_i & io, llama_
         memory->state_write(io, seq_id, flags);
         return;
     }
-    check_flags(flags);
+    check_call(*evict, seq_id, flags);
 
     const bool whole = seq_id < 0;
-    if (!whole && (uint32_t) seq_id >= evict->n_streams()) {
-        fail(format("there is no sequence %d", seq_id));
-    }
 
     // a pending copy of a stream has to arrive first
     ctx.memory_update(false);
@@ -328,12 +328,9 @@ void llama_edgekv_state_read(llama_context & ctx, llama_io_read_i & io, llama_se
         memory->state_read(io, seq_id, flags);
         return;
     }
-    check_flags(flags);
+    check_call(*evict, seq_id, flags);
 
     const bool whole = seq_id < 0;
-    if (!whole && (uint32_t) seq_id >= evict->n_streams()) {
-        fail(format("there is no sequence %d", seq_id));
-    }
 
     const auto read = [&](void * dst, size_t size) {
         try {
