@@ -81,8 +81,10 @@ class _Group(click.Group):
             _debug()
             _fail("out of memory", 1)
         except OSError as e:
-            if e.errno == errno.EPIPE:  # the reader has gone: nothing to say, nothing more to flush
+            if e.filename is None and e.errno in (errno.EPIPE, errno.ENOSPC):
+                # what is still buffered goes nowhere: flushing it at the interpreter's exit would change the status
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if e.errno == errno.EPIPE:  # the reader has gone: nothing to say
                 sys.exit(1)
             if e.filename is None and e.errno != errno.ENOSPC:
                 raise
