@@ -14,7 +14,7 @@ _base = ctypes.CDLL(str(_runtime.lib_path("ggml-base")))
 _ggml = ctypes.CDLL(str(_runtime.lib_path("ggml")))
 
 # the values of enum ggml_type
-TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "i32": 26, "bf16": 30}
+TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "i32": 26, "i64": 27, "bf16": 30}
 
 
 class _InitParams(ctypes.Structure):
@@ -33,6 +33,7 @@ _tensor_overhead = _bind(_base, "ggml_tensor_overhead", _size)
 _graph_overhead = _bind(_base, "ggml_graph_overhead", _size)
 _new_tensor = _bind(_base, "ggml_new_tensor", _p, _p, _i32, _i32, ctypes.POINTER(_i64))
 _view_3d = _bind(_base, "ggml_view_3d", _p, _p, _p, _i64, _i64, _i64, _size, _size, _size)
+_view_4d = _bind(_base, "ggml_view_4d", _p, _p, _p, _i64, _i64, _i64, _i64, _size, _size, _size, _size)
 _permute = _bind(_base, "ggml_permute", _p, _p, _p, _i32, _i32, _i32, _i32)
 _nbytes = _bind(_base, "ggml_nbytes", _size, _p)
 _blck_size = _bind(_base, "ggml_blck_size", _i64, _i32)
@@ -55,6 +56,10 @@ _CONSTRUCTORS = {
     "key_mean": _bind(_base, "ggml_edgekv_key_mean", _p, _p, _p),
     "choose": _bind(_base, "ggml_edgekv_choose", _p, _p, _p, _i64, _i64, _i64, _i64),
     "compact": _bind(_base, "ggml_edgekv_compact", _p, _p, _p, _p),
+    "summarize": _bind(_base, "ggml_edgekv_summarize", _p, _p, _p, _p, _p, _i64),
+    "page_scores": _bind(_base, "ggml_edgekv_page_scores", _p, _p, _p, _p),
+    "choose_pages": _bind(_base, "ggml_edgekv_choose_pages", _p, _p, _p, _p, _i64, _i64, _i64),
+    "attn": _bind(_base, "ggml_edgekv_attn", _p, _p, _p, _p, _p, _p, _p, _p, _i64, ctypes.c_float, ctypes.c_float),
 }
 
 _backend = _init_by_type(0, None)  # GGML_BACKEND_DEVICE_TYPE_CPU
@@ -91,6 +96,9 @@ class Graph:
     def view(self, tensor: int, shape: tuple[int, int, int], nb1: int, nb2: int, offset: int = 0) -> int:
         return _view_3d(self._ctx, tensor, *shape, nb1, nb2, offset)
 
+    def view_4d(self, tensor: int, shape: tuple[int, int, int, int], nb1: int, nb2: int, nb3: int, offset: int = 0) -> int:
+        return _view_4d(self._ctx, tensor, *shape, nb1, nb2, nb3, offset)
+
     def permute(self, tensor: int, *axes: int) -> int:
         return _permute(self._ctx, tensor, *axes)
 
@@ -98,7 +106,7 @@ class Graph:
         return _CONSTRUCTORS[name](self._ctx, *arguments)
 
     def compute(self, *nodes: int, n_threads: int = 1) -> None:
-        graph = _new_graph(self._ctx)
+        graph = self._graph = _new_graph(self._ctx)
         for node in nodes:
             assert _supports(_backend, node)
             _expand(graph, node)

@@ -236,3 +236,52 @@ class Rule:
         else:
             self.heads = {key: head.take(slice(n)) for key, head in self.heads.items()}
             self.n_past = p0
+
+
+# --- selection ---------------------------------------------------------------------------------------------------------
+
+
+def f16_not_below(x: np.ndarray) -> np.ndarray:
+    """The least f16 that is not below x, as float64."""
+    with np.errstate(over="ignore"):
+        y = x.astype(np.float16)
+    return np.where(y.astype(np.float64) < x, np.nextafter(y, np.float16(np.inf)), y).astype(np.float64)
+
+
+def summaries(keys: np.ndarray, page_size: int) -> np.ndarray:
+    """keys [..., cells, size] -> [..., pages, 2 * size]: maxima, then minima, rounded outward to f16."""
+    parts = [keys[..., c : c + page_size, :] for c in range(0, keys.shape[-2], page_size)]
+    high = np.stack([part.max(axis=-2) for part in parts], axis=-2)
+    low = np.stack([part.min(axis=-2) for part in parts], axis=-2)
+    return np.concatenate([f16_not_below(high), -f16_not_below(-low)], axis=-1)
+
+
+def page_scores(q: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """q [heads of a group, size], bounds [pages, 2 * size] -> [pages]."""
+    high, low = np.split(bounds, 2, axis=-1)
+    return np.maximum(q[:, None, :] * high, q[:, None, :] * low).sum(axis=-1).max(axis=0)
+
+
+def choose_pages(scores: np.ndarray, visible: np.ndarray, page_size: int, n_first: int, n_chosen: int) -> np.ndarray:
+    """scores [pages], visible [cells] -> [n_chosen]: first pages, last page and the best of the rest, then -1."""
+    seen = [p for p in range(len(scores)) if visible[p * page_size : (p + 1) * page_size].any()]
+    if len(seen) > n_chosen:
+        rest = seen[n_first:-1]
+        values = np.array([-np.inf if np.isnan(scores[p]) else scores[p] for p in rest])
+        known = np.array([not np.isnan(scores[p]) for p in rest])
+        order = np.lexsort((rest, values, known))[::-1]  # the best first, of equal ones the later
+        seen = sorted([*seen[:n_first], *(rest[i] for i in order[: n_chosen - n_first - 1]), seen[-1]])
+    return np.array([*seen, *[-1] * (n_chosen - len(seen))], np.int32)
+
+
+def attention(q, keys, values, mask, scale: float, softcap: float = 0.0, sink: float | None = None) -> np.ndarray:
+    """One query head: q [size], keys [cells, size], values [cells, size of V], mask [cells] -> [size of V]."""
+    s = scale * (keys @ q)
+    if softcap:
+        s = softcap * np.tanh(s / softcap)
+    s = s + mask
+    top = max(s.max(initial=-np.inf), -np.inf if sink is None else sink)
+    if top == -np.inf:
+        return np.zeros(values.shape[-1])
+    w = np.exp(s - top)
+    return w @ values / (w.sum() + (0.0 if sink is None else np.exp(sink - top)))

@@ -1,9 +1,8 @@
 #include "ggml-edgekv-cpu.h"
 
+#include "ggml-edgekv-cpu-common.h"
 #include "ggml-edgekv.h"
 
-#include "ggml-cpu-impl.h"
-#include "ggml-cpu.h"
 #include "vec.h"
 
 #include <algorithm>
@@ -13,29 +12,8 @@
 
 namespace {
 
-// one cache line between the scratch of two threads
-constexpr size_t WORK_PAD = 64;
-
-struct range {
-    int64_t begin;
-    int64_t end;
-};
-
-range share(int64_t n, const ggml_compute_params * params) {
-    const int64_t per = (n + params->nth - 1)/params->nth;
-    return { std::min(n, per*params->ith), std::min(n, per*(params->ith + 1)) };
-}
-
-void key_to_f32(const ggml_tensor * keys, int64_t h, int64_t t, float * out) {
-    const char * src = (const char *) keys->data + h*keys->nb[1] + t*keys->nb[2];
-    const int64_t n  = keys->ne[0];
-
-    switch (keys->type) {
-        case GGML_TYPE_F32:  memcpy(out, src, n*sizeof(float));                             break;
-        case GGML_TYPE_F16:  ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, out, n);      break;
-        case GGML_TYPE_BF16: ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) src, out, n);      break;
-        default:             ggml_get_type_traits(keys->type)->to_float(src, out, n);       break;
-    }
+const char * row(const ggml_tensor * keys, int64_t h, int64_t t) {
+    return (const char *) keys->data + h*keys->nb[1] + t*keys->nb[2];
 }
 
 float dot(int64_t n, const float * a, const float * b) {
@@ -55,15 +33,15 @@ void score(const ggml_compute_params * params, ggml_tensor * dst) {
     const int64_t n_head = keys->ne[1];
     const int64_t n_cell = keys->ne[2];
 
-    float * key = (float *) ((char *) params->wdata + params->ith*(n_embd*sizeof(float) + WORK_PAD));
+    float * key = (float *) ((char *) params->wdata + params->ith*(n_embd*sizeof(float) + EDGEKV_WORK_PAD));
     float * out = (float *) dst->data;
 
-    const range r = share(n_cell, params);
+    const edgekv_range r = edgekv_share(n_cell, params);
 
     // cells outside, heads inside: the order in which the cache lies in memory
     for (int64_t t = r.begin; t < r.end; ++t) {
         for (int64_t h = 0; h < n_head; ++h) {
-            key_to_f32(keys, h, t, key);
+            edgekv_to_f32(keys->type, row(keys, h, t), key, n_embd);
 
             float s = 0.0f;
             if (kind == GGML_EDGEKV_SCORE_NORM) {
@@ -86,18 +64,18 @@ void key_mean(const ggml_compute_params * params, ggml_tensor * dst) {
     const int64_t n_embd = keys->ne[0];
     const int64_t n_cell = keys->ne[2];
 
-    char   * work = (char *) params->wdata + params->ith*(n_embd*(sizeof(float) + sizeof(double)) + WORK_PAD);
+    char   * work = (char *) params->wdata + params->ith*(n_embd*(sizeof(float) + sizeof(double)) + EDGEKV_WORK_PAD);
     double * sum  = (double *) work;
     float  * key  = (float *) (sum + n_embd);
 
     // one thread per head, in order and in double: the result must not depend on the number of threads
-    const range r = share(keys->ne[1], params);
+    const edgekv_range r = edgekv_share(keys->ne[1], params);
 
     for (int64_t h = r.begin; h < r.end; ++h) {
         std::fill(sum, sum + n_embd, 0.0);
 
         for (int64_t t = 0; t < n_cell; ++t) {
-            key_to_f32(keys, h, t, key);
+            edgekv_to_f32(keys->type, row(keys, h, t), key, n_embd);
 
             const float norm = sqrtf(dot(n_embd, key, key));
             if (norm > 0.0f) {
@@ -115,17 +93,6 @@ void key_mean(const ggml_compute_params * params, ggml_tensor * dst) {
     }
 }
 
-// An unsigned number that orders like (score, cell): a tie goes to the later cell, NaN below everything.
-uint64_t rank_key(float score, int64_t cell) {
-    uint32_t u = 0;
-    if (!std::isnan(score)) {
-        score += 0.0f; // -0 equals 0
-        memcpy(&u, &score, sizeof(u));
-        u = (u & 0x80000000u) ? ~u : (u | 0x80000000u);
-    }
-    return ((uint64_t) u << 32) | (uint32_t) cell;
-}
-
 void choose(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * scores = dst->src[0];
 
@@ -138,9 +105,9 @@ void choose(const ggml_compute_params * params, ggml_tensor * dst) {
     const int64_t last   = n_cell - window;
     const int64_t wanted = n_chosen - n_keep - window;
 
-    uint64_t * keys = (uint64_t *) ((char *) params->wdata + params->ith*(n_cell*sizeof(uint64_t) + WORK_PAD));
+    uint64_t * keys = (uint64_t *) ((char *) params->wdata + params->ith*(n_cell*sizeof(uint64_t) + EDGEKV_WORK_PAD));
 
-    const range r = share(dst->ne[1], params);
+    const edgekv_range r = edgekv_share(dst->ne[1], params);
 
     for (int64_t h = r.begin; h < r.end; ++h) {
         const float * s   = (const float *) scores->data + (scores->ne[1] == 1 ? 0 : h*n_cell);
@@ -152,14 +119,14 @@ void choose(const ggml_compute_params * params, ggml_tensor * dst) {
 
         if (wanted > 0) {
             for (int64_t t = first; t < last; ++t) {
-                keys[t - first] = rank_key(s[t], t);
+                keys[t - first] = edgekv_rank(s[t], t);
             }
             uint64_t * nth = keys + (wanted - 1);
             std::nth_element(keys, nth, keys + (last - first), std::greater<uint64_t>());
 
             const uint64_t threshold = *nth; // keys are distinct, so exactly `wanted` of them reach it
             for (int64_t t = first; t < last; ++t) {
-                if (rank_key(s[t], t) >= threshold) {
+                if (edgekv_rank(s[t], t) >= threshold) {
                     *out++ = (int32_t) t;
                 }
             }
@@ -177,7 +144,7 @@ void compact_rows(const ggml_compute_params * params, ggml_tensor * dst) {
     const size_t  size     = ggml_row_size(dst->type, dst->ne[0]);
     const int64_t n_chosen = chosen->ne[0];
 
-    const range r = share(dst->ne[1], params);
+    const edgekv_range r = edgekv_share(dst->ne[1], params);
 
     // chosen[i] >= i and ascending, so a forward pass never overwrites a row that is still to be read
     for (int64_t h = r.begin; h < r.end; ++h) {
@@ -200,7 +167,7 @@ void compact_strided(const ggml_compute_params * params, ggml_tensor * dst) {
     const int64_t n_chosen = chosen->ne[0];
 
     // a channel's values lie side by side over the cells: move one channel at a time
-    const range r = share(n_embd*dst->ne[1], params);
+    const edgekv_range r = edgekv_share(n_embd*dst->ne[1], params);
 
     for (int64_t c = r.begin; c < r.end; ++c) {
         const int64_t h = c/n_embd;
@@ -235,7 +202,7 @@ void ggml_compute_forward_edgekv(const ggml_compute_params * params, ggml_tensor
         case GGML_OP_EDGEKV_KEY_MEAN: key_mean(params, dst); break;
         case GGML_OP_EDGEKV_CHOOSE:   choose  (params, dst); break;
         case GGML_OP_EDGEKV_COMPACT:  compact (params, dst); break;
-        default:                      GGML_ABORT("not an edgekv operator: %s", ggml_op_name(dst->op));
+        default:                      ggml_compute_forward_edgekv_select(params, dst);
     }
 }
 
@@ -243,10 +210,11 @@ size_t ggml_edgekv_cpu_work_size(const ggml_tensor * dst, int n_tasks) {
     const ggml_tensor * src = dst->src[0];
 
     switch (dst->op) {
-        case GGML_OP_EDGEKV_SCORE:    return n_tasks*(src->ne[0]*sizeof(float) + WORK_PAD);
-        case GGML_OP_EDGEKV_KEY_MEAN: return n_tasks*(src->ne[0]*(sizeof(float) + sizeof(double)) + WORK_PAD);
-        case GGML_OP_EDGEKV_CHOOSE:   return n_tasks*(src->ne[0]*sizeof(uint64_t) + WORK_PAD);
-        default:                      return 0;
+        case GGML_OP_EDGEKV_SCORE:    return n_tasks*(src->ne[0]*sizeof(float) + EDGEKV_WORK_PAD);
+        case GGML_OP_EDGEKV_KEY_MEAN: return n_tasks*(src->ne[0]*(sizeof(float) + sizeof(double)) + EDGEKV_WORK_PAD);
+        case GGML_OP_EDGEKV_CHOOSE:   return n_tasks*(src->ne[0]*sizeof(uint64_t) + EDGEKV_WORK_PAD);
+        case GGML_OP_EDGEKV_COMPACT:  return 0;
+        default:                      return ggml_edgekv_cpu_select_work_size(dst, n_tasks);
     }
 }
 
@@ -256,11 +224,13 @@ bool ggml_edgekv_cpu_supports_op(const ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_EDGEKV_SCORE:
         case GGML_OP_EDGEKV_KEY_MEAN:
-            return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float != nullptr;
+            return edgekv_converts(type);
         case GGML_OP_EDGEKV_COMPACT:
             // strided rows are moved as 16- or 32-bit words
             return op->nb[0] == ggml_type_size(type) || ggml_type_size(type) == 2 || ggml_type_size(type) == 4;
-        default:
+        case GGML_OP_EDGEKV_CHOOSE:
             return true;
+        default:
+            return ggml_edgekv_cpu_select_supports_op(op);
     }
 }

@@ -65,6 +65,74 @@ GGML_API struct ggml_tensor * ggml_edgekv_compact(
         struct ggml_tensor  * rows,
         struct ggml_tensor  * chosen);
 
+// --- selection: which cells a decode step reads (Quest, arXiv 2406.10774) --------------------------------------------
+//
+// A page is page_size adjacent cells of a stream: page p has the cells [p*page_size, (p + 1)*page_size), the last one
+// those that are left.
+//
+// Common shapes
+//   q         [head_size, n_tokens, n_head, n_stream]      F32, the elements of a row adjacent, any other nb
+//   keys      [head_size, n_head_kv, n_cells, n_stream]    any cache type, the elements of a row adjacent, any other nb
+//   values    [head_size_v, n_head_kv, n_cells, n_stream]  as keys
+//   mask      [n_cells, n_tokens, 1, n_stream]             F16, contiguous: added to the scores, -inf where a token may
+//                                                          not look; a cell is visible if it is not -inf
+//   summaries [2*head_size, n_head_kv, n_pages, n_stream]  F16, contiguous: per page and KV head the maximum of each
+//                                                          channel of the keys, then the minima
+//   pages     [n_chosen, n_head_kv, n_tokens, n_stream]    I32, ascending page numbers, then -1
+//
+// n_head is a multiple of n_head_kv: query head h belongs to KV head h/(n_head/n_head_kv).
+
+// In place: the summaries of the pages that hold these cells, or of all pages, from the keys as they are stored. Rounded
+// outward, so that maxima are never too small and minima never too large; NaN counts as both infinities.
+//   summaries, keys  as above, n_pages*page_size >= n_cells
+//   cells            [n] I64: cell + n_cells*stream, any order, may repeat; NULL for all pages
+//   result           a view of summaries
+GGML_API struct ggml_tensor * ggml_edgekv_summarize(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * summaries,
+        struct ggml_tensor  * keys,
+        struct ggml_tensor  * cells,
+        int64_t               page_size);
+
+// A bound on the scores in each page: the greatest, over the query heads of the group, of
+// sum_i max(q_i*max_i, q_i*min_i). Not below any <q, key> of the page but for the rounding of an F32 sum.
+//   result [n_pages, n_head_kv, n_tokens, n_stream] F32
+GGML_API struct ggml_tensor * ggml_edgekv_page_scores(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * summaries);
+
+// The pages to read: among those with a visible cell the first n_first, the last one, and the best-scored of the rest
+// until there are n_chosen. Ties go to the later page; NaN ranks below everything. -1 where no page is left.
+//   scores  [n_pages, n_head_kv, n_tokens, n_stream] F32, contiguous
+//   mask    as above, n_pages*page_size >= n_cells
+//   result  pages;  0 <= n_first, 1 <= n_chosen, n_first + 1 <= n_chosen
+GGML_API struct ggml_tensor * ggml_edgekv_choose_pages(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * scores,
+        struct ggml_tensor  * mask,
+        int64_t               page_size,
+        int64_t               n_first,
+        int64_t               n_chosen);
+
+// Attention on the cells of the pages, or on all cells (pages NULL), each row of K and V read once per KV head and token.
+// As flash attention: softmax over s = softcap*tanh(scale*<q, k>/softcap) + mask, or scale*<q, k> + mask where softcap
+// is 0; with sinks, one more term exp(sink) in each head's denominator. A token that sees no cell gets zeros.
+//   q, keys, values, mask, pages  as above
+//   sinks   [n_head] F32, contiguous, or NULL
+//   result  [head_size_v, n_head, n_tokens, n_stream] F32
+GGML_API struct ggml_tensor * ggml_edgekv_attn(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * keys,
+        struct ggml_tensor  * values,
+        struct ggml_tensor  * mask,
+        struct ggml_tensor  * pages,
+        struct ggml_tensor  * sinks,
+        int64_t               page_size,
+        float                 scale,
+        float                 softcap);
+
 #ifdef __cplusplus
 }
 #endif

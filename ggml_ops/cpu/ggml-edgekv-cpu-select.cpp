@@ -1,0 +1,606 @@
+// Kernels of selection. They wait for memory, not for arithmetic: each row of K and V is read once for all query heads of
+// its KV head, the next page is fetched while one is computed, and the work is cut into parts of a fixed number of cells,
+// so that a model with one or two KV heads still uses all threads and results do not depend on how many there are.
+
+#include "ggml-edgekv-cpu.h"
+
+#include "ggml-edgekv-cpu-common.h"
+#include "ggml-edgekv.h"
+
+#include "simd-mappings.h"
+#include "vec.h"
+
+#include <cmath>
+#include <functional>
+#include <limits>
+
+namespace {
+
+constexpr int64_t PART  = 512; // cells per part of the work
+constexpr float   INF   = std::numeric_limits<float>::infinity();
+
+// --- elements of rows ------------------------------------------------------------------------------------------------
+
+#if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE)
+#define EDGEKV_SIMD
+constexpr int64_t WIDTH = GGML_F32_EPR;
+using vec = GGML_F32_VEC;
+
+inline vec load(const float * p) { return GGML_F32_VEC_LOAD(p); }
+
+#if defined(GGML_F32Cx16_LOAD)
+inline vec load(const ggml_fp16_t * p) { return GGML_F32Cx16_LOAD((const __m256i *) p); }
+#elif defined(GGML_F32Cx8_LOAD) && defined(__F16C__)
+inline vec load(const ggml_fp16_t * p) { return GGML_F32Cx8_LOAD(p); }
+#elif defined(GGML_F32Cx4_LOAD) && defined(__ARM_NEON)
+inline vec load(const ggml_fp16_t * p) { return GGML_F32Cx4_LOAD((const __fp16 *) p); }
+#else
+inline vec load(const ggml_fp16_t * p) {
+    float x[WIDTH];
+    for (int64_t i = 0; i < WIDTH; ++i) {
+        x[i] = GGML_CPU_FP16_TO_FP32(p[i]);
+    }
+    return load(x);
+}
+#endif
+
+inline float sum(vec v) {
+    float s;
+    vec x[GGML_F32_ARR] = { v };
+    for (int i = 1; i < GGML_F32_ARR; ++i) {
+        x[i] = GGML_F32_VEC_ZERO;
+    }
+    GGML_F32_VEC_REDUCE(s, x);
+    return s;
+}
+#endif
+
+inline float to_float(float x)       { return x; }
+inline float to_float(ggml_fp16_t x) { return GGML_CPU_FP16_TO_FP32(x); }
+
+// out[i*stride] = <row, q[i]> for N query heads
+template <int N, typename T>
+void dots(const T * row, const float * const * q, int64_t n, float * out, int64_t stride) {
+    int64_t i = 0;
+    float   res[N] = {};
+#ifdef EDGEKV_SIMD
+    vec acc[N];
+    for (int j = 0; j < N; ++j) {
+        acc[j] = GGML_F32_VEC_ZERO;
+    }
+    for (; i + WIDTH <= n; i += WIDTH) {
+        const vec x = load(row + i);
+        for (int j = 0; j < N; ++j) {
+            acc[j] = GGML_F32_VEC_FMA(acc[j], x, load(q[j] + i));
+        }
+    }
+    for (int j = 0; j < N; ++j) {
+        res[j] = sum(acc[j]);
+    }
+#endif
+    for (; i < n; ++i) {
+        const float x = to_float(row[i]);
+        for (int j = 0; j < N; ++j) {
+            res[j] += x*q[j][i];
+        }
+    }
+    for (int j = 0; j < N; ++j) {
+        out[j*stride] = res[j];
+    }
+}
+
+template <typename T>
+void dots_all(const T * row, const float * const * q, int64_t n_q, int64_t n, float * out, int64_t stride) {
+    int64_t j = 0;
+    for (; j + 4 <= n_q; j += 4) {
+        dots<4>(row, q + j, n, out + j*stride, stride);
+    }
+    switch (n_q - j) {
+        case 3: dots<3>(row, q + j, n, out + j*stride, stride); break;
+        case 2: dots<2>(row, q + j, n, out + j*stride, stride); break;
+        case 1: dots<1>(row, q + j, n, out + j*stride, stride); break;
+        default: break;
+    }
+}
+
+// acc[j] += sum over the rows of weight[j*stride + r]*row[r] for N query heads
+template <int N, typename T>
+void add_rows(const char * rows, size_t nb, int64_t n_rows, const float * weight, int64_t stride, float * acc, int64_t n) {
+    int64_t i = 0;
+#ifdef EDGEKV_SIMD
+    for (; i + WIDTH <= n; i += WIDTH) {
+        vec a[N];
+        for (int j = 0; j < N; ++j) {
+            a[j] = load(acc + j*n + i);
+        }
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const vec x = load((const T *) (rows + r*nb) + i);
+            for (int j = 0; j < N; ++j) {
+                a[j] = GGML_F32_VEC_FMA(a[j], x, GGML_F32_VEC_SET1(weight[j*stride + r]));
+            }
+        }
+        for (int j = 0; j < N; ++j) {
+            GGML_F32_VEC_STORE(acc + j*n + i, a[j]);
+        }
+    }
+#endif
+    for (; i < n; ++i) {
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const float x = to_float(((const T *) (rows + r*nb))[i]);
+            for (int j = 0; j < N; ++j) {
+                acc[j*n + i] += weight[j*stride + r]*x;
+            }
+        }
+    }
+}
+
+template <typename T>
+void add_rows_all(const char * rows, size_t nb, int64_t n_rows, const float * weight, int64_t stride, float * acc, int64_t n, int64_t n_q) {
+    int64_t j = 0;
+    for (; j + 4 <= n_q; j += 4) {
+        add_rows<4, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n);
+    }
+    switch (n_q - j) {
+        case 3: add_rows<3, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n); break;
+        case 2: add_rows<2, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n); break;
+        case 1: add_rows<1, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n); break;
+        default: break;
+    }
+}
+
+void prefetch(const char * rows, size_t nb, int64_t n_rows, size_t size) {
+    for (int64_t r = 0; r < n_rows; ++r) {
+        for (size_t i = 0; i < size; i += 64) {
+            __builtin_prefetch(rows + r*nb + i, 0, 2);
+        }
+    }
+}
+
+// --- summaries -------------------------------------------------------------------------------------------------------
+
+// the least f16 that is not below x
+ggml_fp16_t round_up(float x) {
+    uint16_t u = GGML_CPU_FP32_TO_FP16(x);
+    if (GGML_CPU_FP16_TO_FP32(u) < x) {
+        u = u == 0x8000 ? 1 : (u & 0x8000) ? u - 1 : u + 1;
+    }
+    return u;
+}
+
+ggml_fp16_t round_down(float x) {
+    return round_up(-x) ^ 0x8000;
+}
+
+void summarize(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * keys  = dst->src[1];
+    const ggml_tensor * cells = dst->src[2];
+
+    const int64_t page_size = ggml_get_op_params_i32(dst, 0);
+    const int64_t n         = keys->ne[0];
+    const int64_t n_cells   = keys->ne[2];
+    const int64_t n_pages   = (n_cells + page_size - 1)/page_size; // with keys; the summaries may have room for more
+
+    float * lo  = (float *) ((char *) params->wdata + params->ith*(3*n*sizeof(float) + EDGEKV_WORK_PAD));
+    float * hi  = lo + n;
+    float * key = hi + n;
+
+    const auto page = [&](int64_t s, int64_t p) {
+        const int64_t last = std::min(n_cells, (p + 1)*page_size);
+
+        for (int64_t h = 0; h < keys->ne[1]; ++h) {
+            std::fill(lo, lo + n,  INF);
+            std::fill(hi, hi + n, -INF);
+
+            for (int64_t c = p*page_size; c < last; ++c) {
+                edgekv_to_f32(keys->type, (const char *) keys->data + h*keys->nb[1] + c*keys->nb[2] + s*keys->nb[3], key, n);
+                for (int64_t i = 0; i < n; ++i) {
+                    lo[i] = key[i] >= lo[i] ? lo[i] : key[i]; // a NaN gets in ...
+                    hi[i] = key[i] <= hi[i] ? hi[i] : key[i];
+                    lo[i] = lo[i] == lo[i] ? lo[i] : -INF;    // ... and becomes the bound that says nothing
+                    hi[i] = hi[i] == hi[i] ? hi[i] :  INF;
+                }
+            }
+
+            auto * out = (ggml_fp16_t *) ((char *) dst->data + h*dst->nb[1] + p*dst->nb[2] + s*dst->nb[3]);
+            for (int64_t i = 0; i < n; ++i) {
+                out[i]     = round_up(hi[i]);
+                out[n + i] = round_down(lo[i]);
+            }
+        }
+    };
+
+    // a page belongs to one thread, however often it is named
+    if (cells) {
+        int64_t before = -1;
+        for (int64_t i = 0; i < cells->ne[0]; ++i) {
+            const int64_t c = ((const int64_t *) cells->data)[i];
+            const int64_t s = c/n_cells;
+            const int64_t p = (c%n_cells)/page_size;
+            const int64_t id = s*n_pages + p;
+            if (id != before && id % params->nth == params->ith) {
+                page(s, p);
+            }
+            before = id;
+        }
+    } else {
+        for (int64_t id = params->ith; id < n_pages*keys->ne[3]; id += params->nth) {
+            page(id/n_pages, id%n_pages);
+        }
+    }
+}
+
+// --- scores of pages -------------------------------------------------------------------------------------------------
+
+void page_scores(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * q         = dst->src[0];
+    const ggml_tensor * summaries = dst->src[1];
+
+    const int64_t n         = q->ne[0];
+    const int64_t n_tokens  = q->ne[1];
+    const int64_t n_head    = q->ne[2];
+    const int64_t n_stream  = q->ne[3];
+    const int64_t n_head_kv = summaries->ne[1];
+    const int64_t n_pages   = summaries->ne[2];
+    const int64_t group     = n_head/n_head_kv;
+
+    // <[q+, q-], [max, min]> is the bound: no comparison in the loop
+    float * split  = (float *) ((char *) params->wdata + params->ith*((n_head*2*n + group)*sizeof(float) + EDGEKV_WORK_PAD));
+    float * scores = split + n_head*2*n;
+
+    const float * heads[512];
+    GGML_ASSERT(group <= 512);
+
+    const edgekv_range r = edgekv_share(n_pages, params);
+
+    for (int64_t s = 0; s < n_stream; ++s) {
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            for (int64_t h = 0; h < n_head; ++h) {
+                const float * src = (const float *) ((const char *) q->data + t*q->nb[1] + h*q->nb[2] + s*q->nb[3]);
+                float * out = split + h*2*n;
+                for (int64_t i = 0; i < n; ++i) {
+                    out[i]     = std::max(src[i], 0.0f);
+                    out[n + i] = std::min(src[i], 0.0f);
+                }
+            }
+
+            for (int64_t p = r.begin; p < r.end; ++p) {
+                for (int64_t h = 0; h < n_head_kv; ++h) {
+                    const auto * x = (const ggml_fp16_t *) ((const char *) summaries->data + h*summaries->nb[1] + p*summaries->nb[2] + s*summaries->nb[3]);
+                    for (int64_t j = 0; j < group; ++j) {
+                        heads[j] = split + (h*group + j)*2*n;
+                    }
+                    dots_all(x, heads, group, 2*n, scores, 1);
+
+                    float best = scores[0];
+                    for (int64_t j = 1; j < group; ++j) {
+                        best = scores[j] > best || best != best ? scores[j] : best;
+                    }
+                    ((float *) dst->data)[p + n_pages*(h + n_head_kv*(t + n_tokens*s))] = best;
+                }
+            }
+        }
+    }
+}
+
+// --- choice of pages -------------------------------------------------------------------------------------------------
+
+bool visible(const ggml_fp16_t * mask, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        if (mask[i] != 0xFC00) { // -inf
+            return true;
+        }
+    }
+    return false;
+}
+
+void choose_pages(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * scores = dst->src[0];
+    const ggml_tensor * mask   = dst->src[1];
+
+    const int64_t page_size = ggml_get_op_params_i32(dst, 0);
+    const int64_t n_first   = ggml_get_op_params_i32(dst, 1);
+    const int64_t n_chosen  = dst->ne[0];
+    const int64_t n_head_kv = dst->ne[1];
+    const int64_t n_tokens  = dst->ne[2];
+    const int64_t n_pages   = scores->ne[0];
+    const int64_t n_cells   = mask->ne[0];
+
+    int32_t  * seen = (int32_t *) ((char *) params->wdata + params->ith*(n_pages*(2*sizeof(uint64_t)) + EDGEKV_WORK_PAD));
+    uint64_t * rank = (uint64_t *) (seen + n_pages + (n_pages & 1));
+
+    // consecutive heads of one token share what is visible
+    const edgekv_range r = edgekv_share(n_head_kv*n_tokens*dst->ne[3], params);
+    int64_t n_seen = 0;
+
+    for (int64_t item = r.begin; item < r.end; ++item) {
+        const int64_t ts = item/n_head_kv; // token + n_tokens*stream
+
+        if (item == r.begin || item % n_head_kv == 0) {
+            const auto * m = (const ggml_fp16_t *) ((const char *) mask->data + (ts%n_tokens)*mask->nb[1] + (ts/n_tokens)*mask->nb[3]);
+            n_seen = 0;
+            for (int64_t p = 0; p < n_pages && p*page_size < n_cells; ++p) {
+                if (visible(m + p*page_size, std::min(page_size, n_cells - p*page_size))) {
+                    seen[n_seen++] = (int32_t) p;
+                }
+            }
+        }
+
+        const float * score = (const float *) scores->data + item*n_pages;
+        int32_t     * out   = (int32_t *) dst->data + item*n_chosen;
+
+        if (n_seen <= n_chosen) {
+            std::copy(seen, seen + n_seen, out);
+            std::fill(out + n_seen, out + n_chosen, -1);
+            continue;
+        }
+
+        out = std::copy(seen, seen + n_first, out);
+
+        const int64_t wanted = n_chosen - n_first - 1; // besides the first ones and the last
+        if (wanted > 0) {
+            const int64_t n = n_seen - n_first - 1;
+            for (int64_t i = 0; i < n; ++i) {
+                rank[i] = edgekv_rank(score[seen[n_first + i]], seen[n_first + i]);
+            }
+            uint64_t * nth = rank + (wanted - 1);
+            std::nth_element(rank, nth, rank + n, std::greater<uint64_t>());
+            // the best ones stand before it; their lower halves are the pages
+            for (int64_t i = 0; i < wanted; ++i) {
+                out[i] = (int32_t) (uint32_t) rank[i];
+            }
+            std::sort(out, out + wanted);
+            out += wanted;
+        }
+        *out = seen[n_seen - 1];
+    }
+}
+
+// --- attention -------------------------------------------------------------------------------------------------------
+
+struct attention {
+    const ggml_tensor * q;
+    const ggml_tensor * k;
+    const ggml_tensor * v;
+    const ggml_tensor * mask;
+    const ggml_tensor * pages;
+    const ggml_tensor * sinks;
+    const ggml_tensor * dst;
+
+    int64_t page_size;
+    float   scale;
+    float   softcap;
+
+    int64_t n_k, n_v;
+    int64_t n_cells, n_tokens, n_head, n_head_kv, n_stream, group;
+    int64_t n_listed;  // pages per token and KV head
+    int64_t per_part;  // of them in a part
+    int64_t n_parts;
+
+    explicit attention(const ggml_tensor * t) :
+        q(t->src[0]), k(t->src[1]), v(t->src[2]), mask(t->src[3]), pages(t->src[4]), sinks(t->src[5]), dst(t),
+        page_size(pages ? ggml_get_op_params_i32(t, 0) : 16),
+        scale(ggml_get_op_params_f32(t, 1)), softcap(ggml_get_op_params_f32(t, 2)),
+        n_k(k->ne[0]), n_v(v->ne[0]), n_cells(k->ne[2]), n_tokens(q->ne[1]), n_head(q->ne[2]), n_head_kv(k->ne[1]),
+        n_stream(q->ne[3]), group(n_head/n_head_kv) {
+        n_listed = pages ? pages->ne[0] : (n_cells + page_size - 1)/page_size;
+        per_part = std::max<int64_t>(1, PART/page_size);
+        n_parts  = (n_listed + per_part - 1)/per_part;
+    }
+
+    int64_t n_units() const { return n_head_kv*n_tokens*n_stream; }
+
+    // a part's result: per query head the greatest score, the sum of the exponentials, and the weighted rows
+    int64_t partial() const { return group*(n_v + 2); }
+
+    // scores of a part, and rows of a page where they must be converted
+    int64_t scratch() const { return group*per_part*page_size + page_size*std::max(n_k, n_v); }
+
+    size_t work_size(int n_tasks) const {
+        return n_units()*n_parts*partial()*sizeof(float) + n_tasks*(scratch()*sizeof(float) + EDGEKV_WORK_PAD) + EDGEKV_WORK_PAD;
+    }
+};
+
+// rows of a page as T, converted if they are something else
+template <typename T>
+const char * as(const ggml_tensor * x, const char * rows, int64_t n_rows, float * scratch, size_t & nb) {
+    nb = x->nb[2];
+    if (sizeof(T) == sizeof(float) && x->type != GGML_TYPE_F32) {
+        for (int64_t r = 0; r < n_rows; ++r) {
+            edgekv_to_f32(x->type, rows + r*nb, scratch + r*x->ne[0], x->ne[0]);
+        }
+        nb = x->ne[0]*sizeof(float);
+        return (const char *) scratch;
+    }
+    return rows;
+}
+
+template <typename K, typename V>
+void attend(const attention & a, int64_t unit, int64_t part, float * partial, float * scratch) {
+    const int64_t h = unit%a.n_head_kv;
+    const int64_t t = unit/a.n_head_kv%a.n_tokens;
+    const int64_t s = unit/a.n_head_kv/a.n_tokens;
+
+    const char * k = (const char *) a.k->data + h*a.k->nb[1] + s*a.k->nb[3];
+    const char * v = (const char *) a.v->data + h*a.v->nb[1] + s*a.v->nb[3];
+
+    const auto * mask = (const ggml_fp16_t *) ((const char *) a.mask->data + t*a.mask->nb[1] + s*a.mask->nb[3]);
+    const int32_t * list = a.pages ? (const int32_t *) a.pages->data + unit*a.n_listed : nullptr;
+
+    const int64_t first = part*a.per_part;
+    const int64_t last  = std::min(a.n_listed, first + a.per_part);
+    const int64_t width = a.per_part*a.page_size;
+
+    float * scores = scratch;
+    float * rows   = scratch + a.group*width;
+
+    const auto page  = [&](int64_t i) { return list ? list[i] : (int32_t) i; };
+    const auto count = [&](int64_t p) { return std::min(a.page_size, a.n_cells - p*a.page_size); };
+    const auto fetch = [&](const ggml_tensor * x, const char * base, int64_t i) {
+        if (i < last && page(i) >= 0) {
+            prefetch(base + page(i)*a.page_size*x->nb[2], x->nb[2], count(page(i)), ggml_row_size(x->type, x->ne[0]));
+        }
+    };
+
+    const float * heads[512];
+    for (int64_t j = 0; j < a.group; ++j) {
+        heads[j] = (const float *) ((const char *) a.q->data + t*a.q->nb[1] + (h*a.group + j)*a.q->nb[2] + s*a.q->nb[3]);
+    }
+
+    // scores of all cells of the part
+    int64_t n = 0;
+    fetch(a.k, k, first);
+    for (int64_t i = first; i < last && page(i) >= 0; ++i) {
+        fetch(a.k, k, i + 1);
+        const int64_t p      = page(i);
+        const int64_t n_rows = count(p);
+
+        size_t nb;
+        const char * x = as<K>(a.k, k + p*a.page_size*a.k->nb[2], n_rows, rows, nb);
+        for (int64_t r = 0; r < n_rows; ++r) {
+            dots_all((const K *) (x + r*nb), heads, a.group, a.n_k, scores + n + r, width);
+        }
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const float m = GGML_CPU_FP16_TO_FP32(mask[p*a.page_size + r]);
+            for (int64_t j = 0; j < a.group; ++j) {
+                float & y = scores[j*width + n + r];
+                y = (a.softcap != 0.0f ? a.softcap*tanhf(a.scale*y/a.softcap) : a.scale*y) + m;
+            }
+        }
+        n += n_rows;
+    }
+
+    // weights
+    float * acc = partial + 2*a.group;
+    std::fill(acc, acc + a.group*a.n_v, 0.0f);
+    bool any = false;
+    for (int64_t j = 0; j < a.group; ++j) {
+        float * y = scores + j*width;
+        float top = -INF;
+        ggml_vec_max_f32((int) n, &top, y);
+        partial[2*j]     = top;
+        partial[2*j + 1] = top == -INF ? 0.0f : (float) ggml_vec_soft_max_f32((int) n, y, y, top);
+        if (top == -INF) {
+            std::fill(y, y + n, 0.0f);
+        }
+        any = any || top != -INF;
+    }
+    if (!any) {
+        return;
+    }
+
+    // the weighted sum of the values
+    n = 0;
+    fetch(a.v, v, first);
+    for (int64_t i = first; i < last && page(i) >= 0; ++i) {
+        fetch(a.v, v, i + 1);
+        const int64_t p      = page(i);
+        const int64_t n_rows = count(p);
+
+        size_t nb;
+        const char * x = as<V>(a.v, v + p*a.page_size*a.v->nb[2], n_rows, rows, nb);
+        add_rows_all<V>(x, nb, n_rows, scores + n, width, acc, a.n_v, a.group);
+        n += n_rows;
+    }
+}
+
+// the parts of a unit, in their order
+void combine(const attention & a, int64_t unit, const float * partials) {
+    const int64_t h = unit%a.n_head_kv;
+    const int64_t t = unit/a.n_head_kv%a.n_tokens;
+    const int64_t s = unit/a.n_head_kv/a.n_tokens;
+
+    for (int64_t j = 0; j < a.group; ++j) {
+        const int64_t head = h*a.group + j;
+        const float   sink = a.sinks ? ((const float *) a.sinks->data)[head] : -INF;
+
+        float top = sink;
+        for (int64_t part = 0; part < a.n_parts; ++part) {
+            top = std::max(top, partials[part*a.partial() + 2*j]);
+        }
+
+        float * out = (float *) ((char *) a.dst->data + head*a.dst->nb[1] + t*a.dst->nb[2] + s*a.dst->nb[3]);
+        std::fill(out, out + a.n_v, 0.0f);
+        if (top == -INF) {
+            continue;
+        }
+
+        float total = a.sinks ? expf(sink - top) : 0.0f;
+        for (int64_t part = 0; part < a.n_parts; ++part) {
+            const float * x = partials + part*a.partial();
+            const float   w = x[2*j] == -INF ? 0.0f : expf(x[2*j] - top);
+            if (w != 0.0f) {
+                total += w*x[2*j + 1];
+                ggml_vec_mad_f32((int) a.n_v, out, x + 2*a.group + j*a.n_v, w);
+            }
+        }
+        ggml_vec_scale_f32((int) a.n_v, out, total == 0.0f ? 0.0f : 1.0f/total);
+    }
+}
+
+void attn(const ggml_compute_params * params, ggml_tensor * dst) {
+    const attention a(dst);
+    GGML_ASSERT(a.group <= 512);
+
+    const int64_t n_items = a.n_units()*a.n_parts;
+
+    float * partials = (float *) params->wdata;
+    float * scratch  = (float *) ((char *) (partials + n_items*a.partial()) + EDGEKV_WORK_PAD + params->ith*(a.scratch()*sizeof(float) + EDGEKV_WORK_PAD));
+
+    const bool k16 = a.k->type == GGML_TYPE_F16;
+    const bool v16 = a.v->type == GGML_TYPE_F16;
+    const auto run = k16 ? (v16 ? attend<ggml_fp16_t, ggml_fp16_t> : attend<ggml_fp16_t, float>)
+                         : (v16 ? attend<float,       ggml_fp16_t> : attend<float,       float>);
+
+    // the heads of a part lie side by side in memory: parts outside, units inside
+    const edgekv_range r = edgekv_share(n_items, params);
+    for (int64_t item = r.begin; item < r.end; ++item) {
+        const int64_t unit = item%a.n_units();
+        const int64_t part = item/a.n_units();
+        run(a, unit, part, partials + (unit*a.n_parts + part)*a.partial(), scratch);
+    }
+
+    ggml_barrier(params->threadpool);
+
+    const edgekv_range u = edgekv_share(a.n_units(), params);
+    for (int64_t unit = u.begin; unit < u.end; ++unit) {
+        combine(a, unit, partials + unit*a.n_parts*a.partial());
+    }
+}
+
+} // namespace
+
+void ggml_compute_forward_edgekv_select(const ggml_compute_params * params, ggml_tensor * dst) {
+    switch (dst->op) {
+        case GGML_OP_EDGEKV_SUMMARIZE:    summarize   (params, dst); break;
+        case GGML_OP_EDGEKV_PAGE_SCORES:  page_scores (params, dst); break;
+        case GGML_OP_EDGEKV_CHOOSE_PAGES: choose_pages(params, dst); break;
+        case GGML_OP_EDGEKV_ATTN:         attn        (params, dst); break;
+        default:                          GGML_ABORT("not an operator of selection: %s", ggml_op_name(dst->op));
+    }
+}
+
+size_t ggml_edgekv_cpu_select_work_size(const ggml_tensor * dst, int n_tasks) {
+    switch (dst->op) {
+        case GGML_OP_EDGEKV_SUMMARIZE:
+            return n_tasks*(3*dst->src[1]->ne[0]*sizeof(float) + EDGEKV_WORK_PAD);
+        case GGML_OP_EDGEKV_PAGE_SCORES: {
+            const ggml_tensor * q = dst->src[0];
+            const int64_t group = q->ne[2]/dst->src[1]->ne[1];
+            return n_tasks*((q->ne[2]*2*q->ne[0] + group)*sizeof(float) + EDGEKV_WORK_PAD);
+        }
+        case GGML_OP_EDGEKV_CHOOSE_PAGES:
+            return n_tasks*(dst->src[0]->ne[0]*2*sizeof(uint64_t) + EDGEKV_WORK_PAD);
+        case GGML_OP_EDGEKV_ATTN:
+            return attention(dst).work_size(n_tasks);
+        default:
+            return 0;
+    }
+}
+
+bool ggml_edgekv_cpu_select_supports_op(const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_EDGEKV_SUMMARIZE: return edgekv_converts(op->src[1]->type);
+        case GGML_OP_EDGEKV_ATTN:      return edgekv_converts(op->src[1]->type) && edgekv_converts(op->src[2]->type);
+        default:                       return true;
+    }
+}
