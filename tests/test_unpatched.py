@@ -19,6 +19,7 @@ import pytest
 from edgekv import native
 from edgekv.calibrate import default_text
 from edgekv.convert import convert
+from edgekv.filters import QFilters
 from edgekv.gguf_file import GGUF
 from edgekv.session import CACHE_TYPES, Session, default_threads
 from edgekv.settings import EvictionSettings
@@ -105,9 +106,9 @@ def text(smollm2) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def any_filters() -> np.ndarray:
+def any_filters() -> QFilters:
     """What is kept does not matter here, only what becomes of it."""
-    return np.random.default_rng(0).standard_normal(30 * 3 * 64).astype(np.float32)
+    return QFilters(list(np.random.default_rng(0).standard_normal((30, 3, 64))), list(range(30)))
 
 
 # --- off is off ------------------------------------------------------------------------------------------------------
