@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import ggml  # noqa: E402  the graphs that the tests of the operators use
 import oracle  # noqa: E402
 from edgekv import __version__, native  # noqa: E402
+from edgekv.bench import machine  # noqa: E402
 
 N_HEAD, N_HEAD_KV, SIZE, PAGE, N_LAYERS = 32, 8, 128, 16, 4
 SCALE = SIZE**-0.5
@@ -124,27 +124,30 @@ def main() -> None:
     rows = []
     for n_cells in map(int, args.cells.split(",")):
         data = make_data(n_cells)
-        times = {}
+        times, errors = {}, {}
         for what in ("flash", "plain", "dense"):
             with Bench(n_cells, data, what) as bench:
                 times[what] = bench.time(args.threads, args.seconds)
-                assert check(bench, data, what) < 1e-5, what
+                # stock sums values up in f16, over thousands of cells
+                errors[what] = check(bench, data, what)
+                assert errors[what] < (1e-6 if what == "dense" else 1e-2), f"{what}: {errors[what]}"
         for budget in map(int, args.budgets.split(",")):
             if budget > n_cells:
                 continue
             with Bench(n_cells, data, "select", budget) as bench:
                 bench.pages_read = budget // PAGE
                 times["select"] = bench.time(args.threads, args.seconds)
-                assert check(bench, data, "select") < 1e-6
+                errors["select"] = check(bench, data, "select")
+                assert errors["select"] < 1e-6
             stock = min(times["flash"], times["plain"])
             moved = 2 * SIZE * N_HEAD_KV * (2 * budget + 2 * n_cells // PAGE)  # K, V and summaries
             rows.append({"cells": n_cells, "budget": budget, **{f"{k}_ms": 1e3 * v for k, v in times.items()},
                          "of_dense": times["select"] / times["dense"], "of_stock": times["select"] / stock,
-                         "bound": moved / (4 * SIZE * N_HEAD_KV * n_cells), "gb_per_s": moved / times["select"] / 1e9})
+                         **{f"{k}_nmse": float(v) for k, v in errors.items()}, "bound": moved / (4 * SIZE * N_HEAD_KV * n_cells), "gb_per_s": moved / times["select"] / 1e9})
             print(rows[-1], file=sys.stderr)
 
     about = {"edgekv": __version__, "bindings": "llama-cpp-python 0.3.36", "cpu_variant": native.cpu_variant(),
-             "machine": platform.machine(), "threads": args.threads, "layers": N_LAYERS,
+             "machine": machine(), "threads": args.threads, "layers": N_LAYERS,
              "heads": [N_HEAD, N_HEAD_KV, SIZE], "page_size": PAGE}
     if args.output == "json":
         print(json.dumps({"about": about, "rows": rows}, indent=1))

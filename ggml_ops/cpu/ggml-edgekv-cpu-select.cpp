@@ -17,6 +17,8 @@
 namespace {
 
 constexpr int64_t PART  = 512; // cells per part of the work
+constexpr int64_t AHEAD = 2;   // pages that are fetched before their turn
+constexpr int64_t PAGES = 8;   // that are scored at once
 constexpr float   INF   = std::numeric_limits<float>::infinity();
 
 // --- elements of rows ------------------------------------------------------------------------------------------------
@@ -44,62 +46,103 @@ inline vec load(const ggml_fp16_t * p) {
 }
 #endif
 
-inline float sum(vec v) {
-    float s;
-    vec x[GGML_F32_ARR] = { v };
-    for (int i = 1; i < GGML_F32_ARR; ++i) {
-        x[i] = GGML_F32_VEC_ZERO;
+// the sums of four vectors at once
+inline void sums(const vec * v, float * out) {
+#if defined(__AVX512F__) || defined(__AVX__)
+    __m256 x[4];
+    for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+        x[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v[i]), 1)));
+#else
+        x[i] = v[i];
+#endif
     }
-    GGML_F32_VEC_REDUCE(s, x);
-    return s;
+    const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+#else
+    for (int i = 0; i < 4; ++i) {
+        float x[WIDTH];
+        GGML_F32_VEC_STORE(x, v[i]);
+        out[i] = 0.0f;
+        for (int64_t j = 0; j < WIDTH; ++j) {
+            out[i] += x[j];
+        }
+    }
+#endif
 }
 #endif
 
 inline float to_float(float x)       { return x; }
 inline float to_float(ggml_fp16_t x) { return GGML_CPU_FP16_TO_FP32(x); }
 
-// out[i*stride] = <row, q[i]> for N query heads
-template <int N, typename T>
-void dots(const T * row, const float * const * q, int64_t n, float * out, int64_t stride) {
+// out[j*stride + r] = <row r, q[j]> for N query heads and R rows: enough sums at once to keep the units busy
+template <int N, int R, typename T>
+void dots(const char * rows, size_t nb, const float * const * q, int64_t n, float * out, int64_t stride) {
+    constexpr int M = (N*R + 3)/4*4;
+
     int64_t i = 0;
-    float   res[N] = {};
+    float   res[M] = {};
+
+    const T * row[R];
+    for (int r = 0; r < R; ++r) {
+        row[r] = (const T *) (rows + r*nb);
+    }
 #ifdef EDGEKV_SIMD
-    vec acc[N];
-    for (int j = 0; j < N; ++j) {
+    vec acc[M];
+    for (int j = 0; j < M; ++j) {
         acc[j] = GGML_F32_VEC_ZERO;
     }
     for (; i + WIDTH <= n; i += WIDTH) {
-        const vec x = load(row + i);
+        vec x[R];
+        for (int r = 0; r < R; ++r) {
+            x[r] = load(row[r] + i);
+        }
         for (int j = 0; j < N; ++j) {
-            acc[j] = GGML_F32_VEC_FMA(acc[j], x, load(q[j] + i));
+            const vec y = load(q[j] + i);
+            for (int r = 0; r < R; ++r) {
+                acc[j*R + r] = GGML_F32_VEC_FMA(acc[j*R + r], x[r], y);
+            }
         }
     }
-    for (int j = 0; j < N; ++j) {
-        res[j] = sum(acc[j]);
+    for (int j = 0; j < M; j += 4) {
+        sums(acc + j, res + j);
     }
 #endif
     for (; i < n; ++i) {
-        const float x = to_float(row[i]);
         for (int j = 0; j < N; ++j) {
-            res[j] += x*q[j][i];
+            for (int r = 0; r < R; ++r) {
+                res[j*R + r] += to_float(row[r][i])*q[j][i];
+            }
         }
     }
     for (int j = 0; j < N; ++j) {
-        out[j*stride] = res[j];
+        for (int r = 0; r < R; ++r) {
+            out[j*stride + r] = res[j*R + r];
+        }
     }
 }
 
+// all query heads of a group against any number of rows
 template <typename T>
-void dots_all(const T * row, const float * const * q, int64_t n_q, int64_t n, float * out, int64_t stride) {
+void dots_all(const char * rows, size_t nb, int64_t n_rows, const float * const * q, int64_t n_q, int64_t n, float * out, int64_t stride) {
     int64_t j = 0;
     for (; j + 4 <= n_q; j += 4) {
-        dots<4>(row, q + j, n, out + j*stride, stride);
+        int64_t r = 0;
+        for (; r + 2 <= n_rows; r += 2) {
+            dots<4, 2, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
+        }
+        if (r < n_rows) {
+            dots<4, 1, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
+        }
     }
-    switch (n_q - j) {
-        case 3: dots<3>(row, q + j, n, out + j*stride, stride); break;
-        case 2: dots<2>(row, q + j, n, out + j*stride, stride); break;
-        case 1: dots<1>(row, q + j, n, out + j*stride, stride); break;
-        default: break;
+    for (; j < n_q; ++j) {
+        int64_t r = 0;
+        for (; r + 4 <= n_rows; r += 4) {
+            dots<1, 4, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
+        }
+        for (; r < n_rows; ++r) {
+            dots<1, 1, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
+        }
     }
 }
 
@@ -108,19 +151,31 @@ template <int N, typename T>
 void add_rows(const char * rows, size_t nb, int64_t n_rows, const float * weight, int64_t stride, float * acc, int64_t n) {
     int64_t i = 0;
 #ifdef EDGEKV_SIMD
-    for (; i + WIDTH <= n; i += WIDTH) {
-        vec a[N];
+    constexpr int C = 2; // vectors of a row at once
+    for (; i + C*WIDTH <= n; i += C*WIDTH) {
+        vec a[N][C];
         for (int j = 0; j < N; ++j) {
-            a[j] = load(acc + j*n + i);
+            for (int c = 0; c < C; ++c) {
+                a[j][c] = load(acc + j*n + i + c*WIDTH);
+            }
         }
         for (int64_t r = 0; r < n_rows; ++r) {
-            const vec x = load((const T *) (rows + r*nb) + i);
+            const T * row = (const T *) (rows + r*nb) + i;
+            vec x[C];
+            for (int c = 0; c < C; ++c) {
+                x[c] = load(row + c*WIDTH);
+            }
             for (int j = 0; j < N; ++j) {
-                a[j] = GGML_F32_VEC_FMA(a[j], x, GGML_F32_VEC_SET1(weight[j*stride + r]));
+                const vec w = GGML_F32_VEC_SET1(weight[j*stride + r]);
+                for (int c = 0; c < C; ++c) {
+                    a[j][c] = GGML_F32_VEC_FMA(a[j][c], x[c], w);
+                }
             }
         }
         for (int j = 0; j < N; ++j) {
-            GGML_F32_VEC_STORE(acc + j*n + i, a[j]);
+            for (int c = 0; c < C; ++c) {
+                GGML_F32_VEC_STORE(acc + j*n + i + c*WIDTH, a[j][c]);
+            }
         }
     }
 #endif
@@ -151,7 +206,7 @@ void add_rows_all(const char * rows, size_t nb, int64_t n_rows, const float * we
 void prefetch(const char * rows, size_t nb, int64_t n_rows, size_t size) {
     for (int64_t r = 0; r < n_rows; ++r) {
         for (size_t i = 0; i < size; i += 64) {
-            __builtin_prefetch(rows + r*nb + i, 0, 2);
+            __builtin_prefetch(rows + r*nb + i, 0, 3);
         }
     }
 }
@@ -244,7 +299,7 @@ void page_scores(const ggml_compute_params * params, ggml_tensor * dst) {
     const int64_t group     = n_head/n_head_kv;
 
     // <[q+, q-], [max, min]> is the bound: no comparison in the loop
-    float * split  = (float *) ((char *) params->wdata + params->ith*((n_head*2*n + group)*sizeof(float) + EDGEKV_WORK_PAD));
+    float * split  = (float *) ((char *) params->wdata + params->ith*((n_head*2*n + group*PAGES)*sizeof(float) + EDGEKV_WORK_PAD));
     float * scores = split + n_head*2*n;
 
     const float * heads[512];
@@ -263,19 +318,26 @@ void page_scores(const ggml_compute_params * params, ggml_tensor * dst) {
                 }
             }
 
-            for (int64_t p = r.begin; p < r.end; ++p) {
+            // a few pages at once, all their heads: the order in which they lie in memory
+            for (int64_t p = r.begin; p < r.end; p += PAGES) {
+                const int64_t n_rows = std::min(PAGES, r.end - p);
+
                 for (int64_t h = 0; h < n_head_kv; ++h) {
-                    const auto * x = (const ggml_fp16_t *) ((const char *) summaries->data + h*summaries->nb[1] + p*summaries->nb[2] + s*summaries->nb[3]);
+                    const char * x = (const char *) summaries->data + h*summaries->nb[1] + p*summaries->nb[2] + s*summaries->nb[3];
                     for (int64_t j = 0; j < group; ++j) {
                         heads[j] = split + (h*group + j)*2*n;
                     }
-                    dots_all(x, heads, group, 2*n, scores, 1);
+                    dots_all<ggml_fp16_t>(x, summaries->nb[2], n_rows, heads, group, 2*n, scores, PAGES);
 
-                    float best = scores[0];
-                    for (int64_t j = 1; j < group; ++j) {
-                        best = scores[j] > best || best != best ? scores[j] : best;
+                    float * out = (float *) dst->data + p + n_pages*(h + n_head_kv*(t + n_tokens*s));
+                    for (int64_t i = 0; i < n_rows; ++i) {
+                        float best = -INF;
+                        for (int64_t j = 0; j < group; ++j) {
+                            const float x = scores[j*PAGES + i];
+                            best = x <= best ? best : x == x ? x : INF; // an infinite bound times 0: nothing is known
+                        }
+                        out[i] = best;
                     }
-                    ((float *) dst->data)[p + n_pages*(h + n_head_kv*(t + n_tokens*s))] = best;
                 }
             }
         }
@@ -448,17 +510,17 @@ void attend(const attention & a, int64_t unit, int64_t part, float * partial, fl
 
     // scores of all cells of the part
     int64_t n = 0;
-    fetch(a.k, k, first);
+    for (int64_t i = first; i < first + AHEAD; ++i) {
+        fetch(a.k, k, i);
+    }
     for (int64_t i = first; i < last && page(i) >= 0; ++i) {
-        fetch(a.k, k, i + 1);
+        fetch(a.k, k, i + AHEAD);
         const int64_t p      = page(i);
         const int64_t n_rows = count(p);
 
         size_t nb;
         const char * x = as<K>(a.k, k + p*a.page_size*a.k->nb[2], n_rows, rows, nb);
-        for (int64_t r = 0; r < n_rows; ++r) {
-            dots_all((const K *) (x + r*nb), heads, a.group, a.n_k, scores + n + r, width);
-        }
+        dots_all<K>(x, nb, n_rows, heads, a.group, a.n_k, scores + n, width);
         for (int64_t r = 0; r < n_rows; ++r) {
             const float m = GGML_CPU_FP16_TO_FP32(mask[p*a.page_size + r]);
             for (int64_t j = 0; j < a.group; ++j) {
@@ -490,9 +552,11 @@ void attend(const attention & a, int64_t unit, int64_t part, float * partial, fl
 
     // the weighted sum of the values
     n = 0;
-    fetch(a.v, v, first);
+    for (int64_t i = first; i < first + AHEAD; ++i) {
+        fetch(a.v, v, i);
+    }
     for (int64_t i = first; i < last && page(i) >= 0; ++i) {
-        fetch(a.v, v, i + 1);
+        fetch(a.v, v, i + AHEAD);
         const int64_t p      = page(i);
         const int64_t n_rows = count(p);
 
@@ -586,7 +650,7 @@ size_t ggml_edgekv_cpu_select_work_size(const ggml_tensor * dst, int n_tasks) {
         case GGML_OP_EDGEKV_PAGE_SCORES: {
             const ggml_tensor * q = dst->src[0];
             const int64_t group = q->ne[2]/dst->src[1]->ne[1];
-            return n_tasks*((q->ne[2]*2*q->ne[0] + group)*sizeof(float) + EDGEKV_WORK_PAD);
+            return n_tasks*((q->ne[2]*2*q->ne[0] + group*PAGES)*sizeof(float) + EDGEKV_WORK_PAD);
         }
         case GGML_OP_EDGEKV_CHOOSE_PAGES:
             return n_tasks*(dst->src[0]->ne[0]*2*sizeof(uint64_t) + EDGEKV_WORK_PAD);

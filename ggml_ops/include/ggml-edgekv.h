@@ -95,7 +95,8 @@ GGML_API struct ggml_tensor * ggml_edgekv_summarize(
         int64_t               page_size);
 
 // A bound on the scores in each page: the greatest, over the query heads of the group, of
-// sum_i max(q_i*max_i, q_i*min_i). Not below any <q, key> of the page but for the rounding of an F32 sum.
+// sum_i max(q_i*max_i, q_i*min_i). Not below any <q, key> of the page but for the rounding of an F32 sum; +inf where a
+// bound is infinite.
 //   result [n_pages, n_head_kv, n_tokens, n_stream] F32
 GGML_API struct ggml_tensor * ggml_edgekv_page_scores(
         struct ggml_context * ctx,
