@@ -230,8 +230,12 @@ class Llama(llama_cpp.Llama):
         floor = self.stats().floor
         reached = frozenset(b for b in self._boundaries if floor <= b <= self.n_tokens)
         self._boundaries = {b for b in self._boundaries if b > self.n_tokens}
-        if reached and self.checkpoints.limit:
+        if not reached or not self.checkpoints.limit:
+            return
+        try:
             self.checkpoints.add(Checkpoint(self._input_ids.copy(), floor, reached, native.save_state(self.ctx)))
+        except (EdgekvError, MemoryError) as error:  # going back will cost more, going on must not fail
+            self.on_notice(f"a checkpoint could not be made: {error or 'out of memory'}")
 
     def _notice_reading_again(self, tokens: np.ndarray, reused: int) -> None:
         known = max([common_prefix(self._input_ids, tokens), *(common_prefix(c.tokens, tokens) for c in self.checkpoints)])

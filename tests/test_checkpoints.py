@@ -132,6 +132,21 @@ def test_without_checkpoints_it_is_read_again_and_said(model):
     assert len(llama.checkpoints) == 0
 
 
+def test_no_memory_for_a_checkpoint(plain, monkeypatch):
+    """The answer comes all the same."""
+    def no_memory(ctx):
+        raise MemoryError
+
+    said = []
+    llama = Recorded(plain, **OPTIONS)
+    first = answer(llama, text(300), 100)
+    other = Recorded(plain, **OPTIONS)
+    other.on_notice = said.append
+    monkeypatch.setattr("edgekv.native.save_state", no_memory)
+    assert answer(other, text(300), 100) == first and not len(other.checkpoints)
+    assert said and said[0] == "a checkpoint could not be made: out of memory"
+
+
 @st.composite
 def lives(draw):
     """Prompts that share beginnings of any length, with answers of any length between them."""
