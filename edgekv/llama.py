@@ -235,7 +235,7 @@ class Llama(llama_cpp.Llama):
         try:
             self.checkpoints.add(Checkpoint(self._input_ids.copy(), floor, reached, native.save_state(self.ctx)))
         except (EdgekvError, MemoryError) as error:  # going back will cost more, going on must not fail
-            self.on_notice(f"a checkpoint could not be made: {error or 'out of memory'}")
+            self.on_notice(f"a checkpoint could not be made: {str(error) or 'out of memory'}")
 
     def _notice_reading_again(self, tokens: np.ndarray, reused: int) -> None:
         known = max([common_prefix(self._input_ids, tokens), *(common_prefix(c.tokens, tokens) for c in self.checkpoints)])
