@@ -55,7 +55,7 @@ def ask(model: str, text: str, n_ubatch: int, **settings) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--kv-budget", type=int, default=1024)
+    parser.add_argument("--kv-budget", type=int, default=1280, help="about half of the document")
     parser.add_argument("-ub", type=int, default=256)
     args = parser.parse_args()
 
