@@ -141,13 +141,18 @@ class Llama(llama_cpp.Llama):
         Raises:
             EdgekvError: they exceed the context.
         """
+        try:
+            return self._read(tokens)
+        finally:
+            self._to_read = 0
+
+    def _read(self, tokens: list[int], n_behind: int = 0) -> int:
+        """As :meth:`read`, where ``n_behind`` tokens more will be read: they count for the progress."""
         wanted = np.array(tokens, dtype=np.intc)
         if len(wanted) > self._n_ctx:
             raise EdgekvError(f"{len(wanted)} tokens exceed the context of {self._n_ctx}")
         reused = self._go_back(wanted)
-        by_itself = not self._to_read  # not as part of generate()
-        if by_itself:
-            self._n_read, self._to_read = 0, len(wanted) - reused
+        self._n_read, self._to_read = 0, len(wanted) - reused + n_behind
         ends = [len(wanted)]
         if self._evicts:
             # where the message begins, and where a question behind a document may
@@ -155,15 +160,11 @@ class Llama(llama_cpp.Llama):
             ends = [*sorted(n for n in likely if reused < n < len(wanted)), len(wanted)]
             floor = self.stats().floor
             self._boundaries.update(n for n in ends if not self.checkpoints.covers(wanted[:n], floor))
-        try:
-            for end in ends if self._is_hybrid else ends[-1:]:
-                if self.n_tokens < end:
-                    self.eval(wanted[self.n_tokens : end].tolist())
-                if self._is_hybrid:  # its state cannot be cut back to here later
-                    self._save_boundaries()
-        finally:
-            if by_itself:
-                self._to_read = 0
+        for end in ends if self._is_hybrid else ends[-1:]:
+            if self.n_tokens < end:
+                self.eval(wanted[self.n_tokens : end].tolist())
+            if self._is_hybrid:  # its state cannot be cut back to here later
+                self._save_boundaries()
         return reused
 
     def _go_back(self, tokens: np.ndarray) -> int:
@@ -283,11 +284,11 @@ class Llama(llama_cpp.Llama):
         self._interrupted.clear()
         self._n_read, self._to_read, n_answer, read, answer = 0, len(tokens), 0, None, None
         try:
-            if call.arguments["reset"]:
-                self._to_read -= self._reusable(tokens[:-1])
             if self._evicts and call.arguments["reset"] and tokens:
-                self.read(tokens[:-1])
+                self._read(tokens[:-1], n_behind=1)
                 call.arguments.update(tokens=tokens[-1:], reset=False)
+            elif call.arguments["reset"]:
+                self._to_read -= self._served_here(np.array(tokens[:-1], dtype=np.intc))
             answer = super().generate(*call.args[1:], **call.kwargs)
             sent = None
             while True:
@@ -305,11 +306,6 @@ class Llama(llama_cpp.Llama):
                 answer.close()
             self._to_read = 0
             self._message_start = None
-
-    def _reusable(self, tokens: list[int]) -> int:
-        """An estimate for the progress: how many tokens of a prompt will not be read again."""
-        wanted = np.array(tokens, dtype=np.intc)
-        return max(self._served_here(wanted), self.checkpoints.best(wanted)[1])
 
     def _served_here(self, tokens: np.ndarray) -> int:
         """How many of these tokens the cache holds and can be cut back to."""
@@ -374,24 +370,21 @@ class Llama(llama_cpp.Llama):
 
     def system_tokens(self, messages: list[dict]) -> int:
         """How many of the first tokens do not depend on what the user says after these messages."""
-        a, b = (self.chat_tokens([*messages, {"role": "user", "content": word}]) for word in ("a", "0"))
-        return common_prefix(np.array(a), np.array(b))
+        return len(self.document_tokens(messages, ""))
 
-    def document_tokens(self, messages: list[dict], text: str) -> list[int]:
-        """The tokens that a user's message has in common with every other one that begins with ``text``."""
-        a, b = (np.array(self.chat_tokens([*messages, {"role": "user", "content": text + word}])) for word in ("a", "0"))
+    def document_tokens(self, messages: list[dict], text: str, role: str = "user", **template) -> list[int]:
+        """The tokens that a message behind these has in common with every other one that begins with ``text``."""
+        a, b = (np.array(self.chat_tokens([*messages, {"role": role, "content": text + word}], **template))
+                for word in ("a", "0"))
         return a[: common_prefix(a, b)].tolist()
 
     def _find_message_start(self, messages, options: dict) -> int | None:
         """Where the last message begins, if the format can be asked."""
         template = {k: options[k] for k in ("functions", "function_call", "tools", "tool_choice") if k in options}
         try:
-            role = messages[-1]["role"]
-            a, b = (np.array(self.chat_tokens([*messages[:-1], {"role": role, "content": word}], **template))
-                    for word in ("a", "0"))
+            return len(self.document_tokens(messages[:-1], "", messages[-1]["role"], **template))
         except Exception:  # a format of images, a template that wants other roles: then there is no such place
             return None
-        return common_prefix(a, b)
 
     # --- states ------------------------------------------------------------------------------------------------------
 

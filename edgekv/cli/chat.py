@@ -36,14 +36,11 @@ def chat(ctx: click.Context, model: str, system: str | None, file: str | None, s
     from edgekv.progress import PromptBar
 
     sampling = take_sampling(options)
-    grammar = take_grammar(options)
-    if grammar is not None:
-        sampling["grammar"] = grammar
+    sampling["grammar"] = take_grammar(options)
     document = read_text("-f", file) if file is not None else None
 
     llama = open_llama(model, **options)
-    if grammar is not None:
-        check_grammar(llama, grammar)
+    check_grammar(llama, sampling["grammar"])
     llama.on_progress = PromptBar()
 
     conversation = Conversation(llama, system=system, pin=options["keep"] is None, sampling=sampling)

@@ -45,8 +45,7 @@ def run(model: str, prompt: str | None, file: str | None, system: str | None, ra
     if system is not None and not with_template:
         raise EdgekvError(f"{model}: has no chat template, so -sys cannot be used")
 
-    if sampling["grammar"] is not None:
-        check_grammar(llama, sampling["grammar"])
+    check_grammar(llama, sampling["grammar"])
 
     if with_template:
         messages = [{"role": "system", "content": system}] if system is not None else []

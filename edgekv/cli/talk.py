@@ -28,9 +28,11 @@ def read_text(flag: str, path: str) -> str:
 
 
 def check_grammar(llama, grammar) -> None:
-    """EdgekvError, naming the flags, if the grammar cannot be followed."""
+    """EdgekvError, naming the flags, if there is a grammar that cannot be followed."""
     from edgekv.grammar import check
 
+    if grammar is None:
+        return
     try:
         check(llama, grammar)
     except EdgekvError as error:
