@@ -22,7 +22,7 @@ def write(path: str | os.PathLike[str], pieces: Iterable[bytes], mode: int | Non
     """
     path = Path(os.path.realpath(path))  # through a link, so that the rename replaces the file and not the link
     if path.is_dir():
-        raise EdgekvError(f"{path}: is a folder; name a file with -o")
+        raise EdgekvError(f"{path}: is a folder; name a file")
 
     # named before it exists: an interrupt may come right after the system has made it
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
@@ -37,7 +37,7 @@ def write(path: str | os.PathLike[str], pieces: Iterable[bytes], mode: int | Non
         os.replace(temporary, path)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EdgekvError(f"{path}: the disk is full; free some space or write elsewhere with -o") from None
+            raise EdgekvError(f"{path}: the disk is full; free some space or write elsewhere") from None
         raise EdgekvError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
         try:
