@@ -38,13 +38,18 @@ inline void edgekv_to_f32(ggml_type type, const void * src, float * out, int64_t
     }
 }
 
-// An unsigned number that orders like (score, index): a tie goes to the later one, NaN below everything.
-inline uint64_t edgekv_rank(float score, int64_t index) {
+// An unsigned number that orders like a score: -0 equals 0, NaN below everything.
+inline uint32_t edgekv_rank(float score) {
     uint32_t u = 0;
     if (score == score) {
-        score += 0.0f; // -0 equals 0
+        score += 0.0f;
         memcpy(&u, &score, sizeof(u));
         u = (u & 0x80000000u) ? ~u : (u | 0x80000000u);
     }
-    return ((uint64_t) u << 32) | (uint32_t) index;
+    return u;
+}
+
+// The same for (score, index): a tie goes to the later one.
+inline uint64_t edgekv_rank(float score, int64_t index) {
+    return ((uint64_t) edgekv_rank(score) << 32) | (uint32_t) index;
 }

@@ -13,11 +13,12 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <utility>
 
 namespace {
 
 constexpr int64_t PART  = 512; // cells per part of the work
-constexpr int64_t AHEAD = 2;   // pages that are fetched before their turn
+constexpr int64_t AHEAD = 32;  // cells that are fetched before their turn
 constexpr int64_t PAGES = 8;   // that are scored at once
 constexpr float   INF   = std::numeric_limits<float>::infinity();
 
@@ -75,6 +76,33 @@ inline void sums(const vec * v, float * out) {
 inline float to_float(float x)       { return x; }
 inline float to_float(ggml_fp16_t x) { return GGML_CPU_FP16_TO_FP32(x); }
 
+// Rows that will be needed soon. They are asked for a few at a time while others are computed: a burst of requests would
+// make the core wait for its own line buffers.
+inline void prefetch(const char * p) {
+    __builtin_prefetch(p, 0, 2); // not into the first level: its line buffers are few
+    __asm__ volatile("" : : "r"(p)); // gcc drops calls of functions that only prefetch: they seem to do nothing
+}
+
+struct ahead {
+    const char * rows = nullptr;
+    size_t       nb   = 0;
+    size_t       size = 0; // of a row
+    int64_t      n    = 0;
+
+    void row(int64_t r) const {
+        if (r < n) {
+            for (size_t i = 0; i < size; i += 64) {
+                prefetch(rows + r*nb + i);
+            }
+        }
+    }
+    void line(int64_t r, size_t i) const {
+        if (r < n) {
+            prefetch(rows + r*nb + i);
+        }
+    }
+};
+
 // out[j*stride + r] = <row r, q[j]> for N query heads and R rows: enough sums at once to keep the units busy
 template <int N, int R, typename T>
 void dots(const char * rows, size_t nb, const float * const * q, int64_t n, float * out, int64_t stride) {
@@ -124,11 +152,15 @@ void dots(const char * rows, size_t nb, const float * const * q, int64_t n, floa
 
 // all query heads of a group against any number of rows
 template <typename T>
-void dots_all(const char * rows, size_t nb, int64_t n_rows, const float * const * q, int64_t n_q, int64_t n, float * out, int64_t stride) {
+void dots_all(const char * rows, size_t nb, int64_t n_rows, const float * const * q, int64_t n_q, int64_t n, float * out, int64_t stride, const ahead & next) {
     int64_t j = 0;
     for (; j + 4 <= n_q; j += 4) {
         int64_t r = 0;
         for (; r + 2 <= n_rows; r += 2) {
+            if (j == 0) {
+                next.row(r);
+                next.row(r + 1);
+            }
             dots<4, 2, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
         }
         if (r < n_rows) {
@@ -138,6 +170,11 @@ void dots_all(const char * rows, size_t nb, int64_t n_rows, const float * const 
     for (; j < n_q; ++j) {
         int64_t r = 0;
         for (; r + 4 <= n_rows; r += 4) {
+            if (j == 0) {
+                for (int64_t i = 0; i < 4; ++i) {
+                    next.row(r + i);
+                }
+            }
             dots<1, 4, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
         }
         for (; r < n_rows; ++r) {
@@ -148,7 +185,7 @@ void dots_all(const char * rows, size_t nb, int64_t n_rows, const float * const 
 
 // acc[j] += sum over the rows of weight[j*stride + r]*row[r] for N query heads
 template <int N, typename T>
-void add_rows(const char * rows, size_t nb, int64_t n_rows, const float * weight, int64_t stride, float * acc, int64_t n) {
+void add_rows(const char * rows, size_t nb, int64_t n_rows, const float * weight, int64_t stride, float * acc, int64_t n, const ahead & next) {
     int64_t i = 0;
 #ifdef EDGEKV_SIMD
     constexpr int C = 2; // vectors of a row at once
@@ -161,6 +198,7 @@ void add_rows(const char * rows, size_t nb, int64_t n_rows, const float * weight
         }
         for (int64_t r = 0; r < n_rows; ++r) {
             const T * row = (const T *) (rows + r*nb) + i;
+            next.line(r, i*sizeof(T));
             vec x[C];
             for (int c = 0; c < C; ++c) {
                 x[c] = load(row + c*WIDTH);
@@ -190,24 +228,17 @@ void add_rows(const char * rows, size_t nb, int64_t n_rows, const float * weight
 }
 
 template <typename T>
-void add_rows_all(const char * rows, size_t nb, int64_t n_rows, const float * weight, int64_t stride, float * acc, int64_t n, int64_t n_q) {
+void add_rows_all(const char * rows, size_t nb, int64_t n_rows, const float * weight, int64_t stride, float * acc, int64_t n, int64_t n_q, ahead next) {
     int64_t j = 0;
     for (; j + 4 <= n_q; j += 4) {
-        add_rows<4, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n);
+        add_rows<4, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n, next);
+        next.n = 0;
     }
     switch (n_q - j) {
-        case 3: add_rows<3, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n); break;
-        case 2: add_rows<2, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n); break;
-        case 1: add_rows<1, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n); break;
+        case 3: add_rows<3, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n, next); break;
+        case 2: add_rows<2, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n, next); break;
+        case 1: add_rows<1, T>(rows, nb, n_rows, weight + j*stride, stride, acc + j*n, n, next); break;
         default: break;
-    }
-}
-
-void prefetch(const char * rows, size_t nb, int64_t n_rows, size_t size) {
-    for (int64_t r = 0; r < n_rows; ++r) {
-        for (size_t i = 0; i < size; i += 64) {
-            __builtin_prefetch(rows + r*nb + i, 0, 3);
-        }
     }
 }
 
@@ -327,7 +358,12 @@ void page_scores(const ggml_compute_params * params, ggml_tensor * dst) {
                     for (int64_t j = 0; j < group; ++j) {
                         heads[j] = split + (h*group + j)*2*n;
                     }
-                    dots_all<ggml_fp16_t>(x, summaries->nb[2], n_rows, heads, group, 2*n, scores, PAGES);
+                    ahead next = { x + summaries->nb[1], summaries->nb[2], 2*n*sizeof(ggml_fp16_t), n_rows };
+                    if (h + 1 == n_head_kv) {
+                        next.rows = (const char *) summaries->data + (p + n_rows)*summaries->nb[2] + s*summaries->nb[3];
+                        next.n    = std::min(PAGES, r.end - (p + n_rows));
+                    }
+                    dots_all<ggml_fp16_t>(x, summaries->nb[2], n_rows, heads, group, 2*n, scores, PAGES, next);
 
                     float * out = (float *) dst->data + p + n_pages*(h + n_head_kv*(t + n_tokens*s));
                     for (int64_t i = 0; i < n_rows; ++i) {
@@ -355,6 +391,34 @@ bool visible(const ggml_fp16_t * mask, int64_t n) {
     return false;
 }
 
+// The rank of the last one among the `wanted` highest, and how many equal to it are wanted too. Ranks of one step lie
+// close together: counted in bins between the least and the greatest, only those in one bin have to be sorted.
+std::pair<uint32_t, int64_t> last_wanted(const uint32_t * rank, int64_t n, int64_t wanted, uint32_t * scratch) {
+    constexpr int BITS = 10;
+
+    const auto [lo, hi] = std::minmax_element(rank, rank + n);
+    const uint32_t least = *lo;
+    int shift = 0;
+    while ((*hi - least) >> shift >> BITS) {
+        ++shift;
+    }
+
+    int32_t bins[1 << BITS] = {};
+    for (int64_t i = 0; i < n; ++i) {
+        ++bins[(rank[i] - least) >> shift];
+    }
+    uint32_t bin = (1 << BITS) - 1;
+    while (bins[bin] < wanted) {
+        wanted -= bins[bin--];
+    }
+
+    uint32_t * end = std::copy_if(rank, rank + n, scratch, [&](uint32_t x) { return (x - least) >> shift == bin; });
+    std::nth_element(scratch, scratch + (wanted - 1), end, std::greater<uint32_t>());
+    const uint32_t last = scratch[wanted - 1];
+
+    return { last, std::count(scratch, scratch + wanted, last) };
+}
+
 void choose_pages(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * scores = dst->src[0];
     const ggml_tensor * mask   = dst->src[1];
@@ -367,8 +431,9 @@ void choose_pages(const ggml_compute_params * params, ggml_tensor * dst) {
     const int64_t n_pages   = scores->ne[0];
     const int64_t n_cells   = mask->ne[0];
 
-    int32_t  * seen = (int32_t *) ((char *) params->wdata + params->ith*(n_pages*(2*sizeof(uint64_t)) + EDGEKV_WORK_PAD));
-    uint64_t * rank = (uint64_t *) (seen + n_pages + (n_pages & 1));
+    int32_t  * seen    = (int32_t *) ((char *) params->wdata + params->ith*(n_pages*3*sizeof(int32_t) + EDGEKV_WORK_PAD));
+    uint32_t * rank    = (uint32_t *) (seen + n_pages);
+    uint32_t * scratch = rank + n_pages;
 
     // consecutive heads of one token share what is visible
     const edgekv_range r = edgekv_share(n_head_kv*n_tokens*dst->ne[3], params);
@@ -398,20 +463,22 @@ void choose_pages(const ggml_compute_params * params, ggml_tensor * dst) {
 
         out = std::copy(seen, seen + n_first, out);
 
-        const int64_t wanted = n_chosen - n_first - 1; // besides the first ones and the last
+        // of those between, all that rank above the one that ranks last among the wanted, and the latest of its equals
+        const int64_t wanted = n_chosen - n_first - 1;
         if (wanted > 0) {
-            const int64_t n = n_seen - n_first - 1;
+            const int32_t * between = seen + n_first;
+            const int64_t   n       = n_seen - n_first - 1;
             for (int64_t i = 0; i < n; ++i) {
-                rank[i] = edgekv_rank(score[seen[n_first + i]], seen[n_first + i]);
+                rank[i] = edgekv_rank(score[between[i]]);
             }
-            uint64_t * nth = rank + (wanted - 1);
-            std::nth_element(rank, nth, rank + n, std::greater<uint64_t>());
-            // the best ones stand before it; their lower halves are the pages
-            for (int64_t i = 0; i < wanted; ++i) {
-                out[i] = (int32_t) (uint32_t) rank[i];
+            const auto [last, n_last] = last_wanted(rank, n, wanted, scratch);
+
+            int64_t to_skip = std::count(rank, rank + n, last) - n_last;
+            for (int64_t i = 0; i < n; ++i) {
+                if (rank[i] > last || (rank[i] == last && to_skip-- <= 0)) {
+                    *out++ = between[i];
+                }
             }
-            std::sort(out, out + wanted);
-            out += wanted;
         }
         *out = seen[n_seen - 1];
     }
@@ -436,6 +503,7 @@ struct attention {
     int64_t n_cells, n_tokens, n_head, n_head_kv, n_stream, group;
     int64_t n_listed;  // pages per token and KV head
     int64_t per_part;  // of them in a part
+    int64_t ahead;     // of them to be fetched before their turn
     int64_t n_parts;
 
     explicit attention(const ggml_tensor * t) :
@@ -446,6 +514,7 @@ struct attention {
         n_stream(q->ne[3]), group(n_head/n_head_kv) {
         n_listed = pages ? pages->ne[0] : (n_cells + page_size - 1)/page_size;
         per_part = std::max<int64_t>(1, PART/page_size);
+        ahead    = std::max<int64_t>(1, AHEAD/page_size);
         n_parts  = (n_listed + per_part - 1)/per_part;
     }
 
@@ -454,8 +523,8 @@ struct attention {
     // a part's result: per query head the greatest score, the sum of the exponentials, and the weighted rows
     int64_t partial() const { return group*(n_v + 2); }
 
-    // scores of a part, and rows of a page where they must be converted
-    int64_t scratch() const { return group*per_part*page_size + page_size*std::max(n_k, n_v); }
+    // scores of a part, the mask of a page, and its rows where they must be converted
+    int64_t scratch() const { return group*per_part*page_size + page_size*(1 + std::max(n_k, n_v)); }
 
     size_t work_size(int n_tasks) const {
         return n_units()*n_parts*partial()*sizeof(float) + n_tasks*(scratch()*sizeof(float) + EDGEKV_WORK_PAD) + EDGEKV_WORK_PAD;
@@ -493,14 +562,23 @@ void attend(const attention & a, int64_t unit, int64_t part, float * partial, fl
     const int64_t width = a.per_part*a.page_size;
 
     float * scores = scratch;
-    float * rows   = scratch + a.group*width;
+    float * bias   = scores + a.group*width;
+    float * rows   = bias + a.page_size;
 
     const auto page  = [&](int64_t i) { return list ? list[i] : (int32_t) i; };
     const auto count = [&](int64_t p) { return std::min(a.page_size, a.n_cells - p*a.page_size); };
-    const auto fetch = [&](const ggml_tensor * x, const char * base, int64_t i) {
-        if (i < last && page(i) >= 0) {
-            prefetch(base + page(i)*a.page_size*x->nb[2], x->nb[2], count(page(i)), ggml_row_size(x->type, x->ne[0]));
+    // what comes n pages behind page i: K of the part, then its V
+    const auto behind = [&](const ggml_tensor * x, const char * base, int64_t i) {
+        ahead res;
+        if (x == a.k && i >= last) {
+            x    = a.v;
+            base = v;
+            i   -= last - first;
         }
+        if (i < last && page(i) >= 0) {
+            res = { base + page(i)*a.page_size*x->nb[2], (size_t) x->nb[2], ggml_row_size(x->type, x->ne[0]), count(page(i)) };
+        }
+        return res;
     };
 
     const float * heads[512];
@@ -510,22 +588,25 @@ void attend(const attention & a, int64_t unit, int64_t part, float * partial, fl
 
     // scores of all cells of the part
     int64_t n = 0;
-    for (int64_t i = first; i < first + AHEAD; ++i) {
-        fetch(a.k, k, i);
-    }
     for (int64_t i = first; i < last && page(i) >= 0; ++i) {
-        fetch(a.k, k, i + AHEAD);
+        const ahead next = behind(a.k, k, i + a.ahead);
         const int64_t p      = page(i);
         const int64_t n_rows = count(p);
 
         size_t nb;
         const char * x = as<K>(a.k, k + p*a.page_size*a.k->nb[2], n_rows, rows, nb);
-        dots_all<K>(x, nb, n_rows, heads, a.group, a.n_k, scores + n, width);
-        for (int64_t r = 0; r < n_rows; ++r) {
-            const float m = GGML_CPU_FP16_TO_FP32(mask[p*a.page_size + r]);
-            for (int64_t j = 0; j < a.group; ++j) {
-                float & y = scores[j*width + n + r];
-                y = (a.softcap != 0.0f ? a.softcap*tanhf(a.scale*y/a.softcap) : a.scale*y) + m;
+        dots_all<K>(x, nb, n_rows, heads, a.group, a.n_k, scores + n, width, next);
+        ggml_cpu_fp16_to_fp32(mask + p*a.page_size, bias, n_rows);
+        for (int64_t j = 0; j < a.group; ++j) {
+            float * y = scores + j*width + n;
+            if (a.softcap != 0.0f) {
+                for (int64_t r = 0; r < n_rows; ++r) {
+                    y[r] = a.softcap*tanhf(a.scale*y[r]/a.softcap) + bias[r];
+                }
+            } else {
+                for (int64_t r = 0; r < n_rows; ++r) {
+                    y[r] = a.scale*y[r] + bias[r];
+                }
             }
         }
         n += n_rows;
@@ -552,17 +633,14 @@ void attend(const attention & a, int64_t unit, int64_t part, float * partial, fl
 
     // the weighted sum of the values
     n = 0;
-    for (int64_t i = first; i < first + AHEAD; ++i) {
-        fetch(a.v, v, i);
-    }
     for (int64_t i = first; i < last && page(i) >= 0; ++i) {
-        fetch(a.v, v, i + AHEAD);
+        const ahead next = behind(a.v, v, i + a.ahead);
         const int64_t p      = page(i);
         const int64_t n_rows = count(p);
 
         size_t nb;
         const char * x = as<V>(a.v, v + p*a.page_size*a.v->nb[2], n_rows, rows, nb);
-        add_rows_all<V>(x, nb, n_rows, scores + n, width, acc, a.n_v, a.group);
+        add_rows_all<V>(x, nb, n_rows, scores + n, width, acc, a.n_v, a.group, next);
         n += n_rows;
     }
 }
@@ -653,7 +731,7 @@ size_t ggml_edgekv_cpu_select_work_size(const ggml_tensor * dst, int n_tasks) {
             return n_tasks*((q->ne[2]*2*q->ne[0] + group*PAGES)*sizeof(float) + EDGEKV_WORK_PAD);
         }
         case GGML_OP_EDGEKV_CHOOSE_PAGES:
-            return n_tasks*(dst->src[0]->ne[0]*2*sizeof(uint64_t) + EDGEKV_WORK_PAD);
+            return n_tasks*(dst->src[0]->ne[0]*3*sizeof(int32_t) + EDGEKV_WORK_PAD);
         case GGML_OP_EDGEKV_ATTN:
             return attention(dst).work_size(n_tasks);
         default:
