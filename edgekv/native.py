@@ -12,7 +12,7 @@ import numpy as np
 from edgekv import _runtime
 from edgekv.errors import EdgekvError
 from edgekv.filters import QFilters
-from edgekv.settings import MODES, EvictionSettings
+from edgekv.settings import MODES, EvictionSettings, SelectionSettings
 
 if not _runtime.lib_path("llama").exists():
     raise EdgekvError(f"{_runtime.lib_dir()}: the patched libraries are missing, install edgekv with `pip install .`")
@@ -32,6 +32,11 @@ class _Params(ctypes.Structure):
         ("n_filters", ctypes.c_uint64),
         ("filter_layers", ctypes.POINTER(ctypes.c_int32)),
         ("n_filter_layers", ctypes.c_uint32),
+        ("select", ctypes.c_char_p),
+        ("select_budget", ctypes.c_uint32),
+        ("page_size", ctypes.c_uint32),
+        ("n_dense_layers", ctypes.c_uint32),
+        ("grouped_attn", ctypes.c_bool),
         ("tap_queries", ctypes.c_bool),
     ]
 
@@ -49,6 +54,16 @@ class _Stats(ctypes.Structure):
         ("v_bytes", ctypes.c_uint64),
         ("kv_bytes", ctypes.c_uint64),
         ("scratch_bytes", ctypes.c_uint64),
+        ("summary_bytes", ctypes.c_uint64),
+        ("n_selections", ctypes.c_uint64),
+        ("pages_read", ctypes.c_uint64),
+        ("pages_total", ctypes.c_uint64),
+        ("bytes_read", ctypes.c_uint64),
+        ("summarize_us", ctypes.c_uint64),
+        ("scores_us", ctypes.c_uint64),
+        ("choice_us", ctypes.c_uint64),
+        ("attn_us", ctypes.c_uint64),
+        ("dense_us", ctypes.c_uint64),
     ]
 
 
@@ -78,6 +93,16 @@ class CacheStats:
     v_bytes: int
     kv_bytes: int
     scratch_bytes: int
+    summary_bytes: int
+    n_selections: int
+    pages_read: int
+    pages_total: int
+    bytes_read: int
+    summarize_us: int
+    scores_us: int
+    choice_us: int
+    attn_us: int
+    dense_us: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +147,9 @@ _ggml.ggml_blck_size.restype = ctypes.c_int64
 _ggml.ggml_type_size.restype = ctypes.c_size_t
 
 _tap_get = _bind("llama_edgekv_tap_get", _i64, _ctx_p, _i32, _i32, _double_p, _double_p)
+_tap_queries = _bind("llama_edgekv_tap_queries", _i64, _ctx_p, _i32, ctypes.POINTER(ctypes.c_float), _i64)
+_tap_pages = _bind("llama_edgekv_tap_pages", _i64, _ctx_p, _i32, ctypes.POINTER(_i32), _i64)
+auto_budget = _bind("llama_edgekv_auto_budget", _u32, _u32)
 
 
 def last_error() -> str:
@@ -137,7 +165,12 @@ def _fail(fallback: str) -> EdgekvError:
     return EdgekvError(last_error() or fallback)
 
 
-def set_next(settings: EvictionSettings | None, filters: QFilters | None = None, tap_queries: bool = False) -> None:
+def set_next(
+    settings: EvictionSettings | None,
+    filters: QFilters | None = None,
+    selection: SelectionSettings | None = None,
+    tap_queries: bool = False,
+) -> None:
     """Settings for the next context that this thread creates.
 
     Args:
@@ -159,8 +192,12 @@ def set_next(settings: EvictionSettings | None, filters: QFilters | None = None,
             params.n_filters = vectors.size
             params.filter_layers = filter_layers.ctypes.data_as(ctypes.POINTER(_i32))
             params.n_filter_layers = filter_layers.size
+    if selection is not None:
+        params.select = selection.method.encode()
+        params.select_budget, params.page_size = selection.budget, selection.page_size
+        params.n_dense_layers, params.grouped_attn = selection.dense_layers, selection.grouped_attention
     if not _set_next(ctypes.byref(params)):
-        raise _fail("the eviction settings were refused")
+        raise _fail("the settings of the cache were refused")
 
 
 def clear_next() -> None:
@@ -267,6 +304,26 @@ def tap(ctx, i_layer: int, i_head: int, head_size: int) -> tuple[np.ndarray, np.
     if n < 0:
         raise _fail("no queries were tapped")
     return moment, total, n
+
+
+def last_step(ctx, i_layer: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """What the last ubatch did in a cache layer, if it was a decode step (``tap_queries``).
+
+    Returns:
+        The post-RoPE queries, float32 [n_tokens, n_head, head_size], and the pages chosen for them, int32 [n_tokens,
+        n_head_kv, n_chosen] (ascending, then -1), None where all cells were read.
+    """
+    layer = layers(ctx)[i_layer]
+    found = []
+    for function, kind in ((_tap_queries, ctypes.c_float), (_tap_pages, _i32)):
+        n = function(ctx, i_layer, None, 0)
+        if n < 0:
+            raise _fail("no queries were tapped")
+        out = np.empty(n, kind)
+        function(ctx, i_layer, out.ctypes.data_as(ctypes.POINTER(kind)), n)
+        found.append(out)
+    queries = found[0].reshape(-1, layer.n_head, layer.head_size_k)
+    return queries, found[1].reshape(len(queries), layer.n_head_kv, -1) if found[1].size else None
 
 
 def type_block(ggml_type: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import numpy as np
 from edgekv import native
 from edgekv.errors import EdgekvError
 from edgekv.filters import QFilters
-from edgekv.settings import EvictionSettings
+from edgekv.settings import EvictionSettings, SelectionSettings
 
 import llama_cpp
 
@@ -71,7 +71,7 @@ class Session:
 
     Args:
         n_ctx: tokens of context per sequence.
-        settings, filters, tap_queries: see :func:`edgekv.native.set_next`.
+        settings, filters, selection, tap_queries: see :func:`edgekv.native.set_next`.
 
     Raises:
         EdgekvError: the model cannot be loaded or the context cannot be created.
@@ -92,6 +92,7 @@ class Session:
         n_gpu_layers: int = 0,
         settings: EvictionSettings | None = None,
         filters: QFilters | None = None,
+        selection: SelectionSettings | None = None,
         tap_queries: bool = False,
     ):
         self.model = self.ctx = self._batch = None
@@ -109,7 +110,7 @@ class Session:
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        native.set_next(settings, filters, tap_queries)
+        native.set_next(settings, filters, selection, tap_queries)
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self.ctx:
             raise EdgekvError(f"{path}: {native.last_error() or log_error() or 'the context could not be created'}")

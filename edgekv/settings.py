@@ -1,4 +1,4 @@
-"""What to evict and down to what: the settings of a context, as users write them."""
+"""What stays in the cache and what a decode step reads: the settings of a context, as users write them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from edgekv.errors import EdgekvError
 
 POLICIES = ("none", "qfilters", "streaming", "knorm", "keydiff")
 MODES = ("bounded", "prompt")
+SELECTIONS = ("none", "quest")
+PAGE_SIZES = (8, 16, 32, 64)
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
@@ -77,6 +79,84 @@ class EvictionSettings:
                 "raise the budget or lower them"
             )
         return cls(policy, tokens, window_tokens, keep_tokens, mode)
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """Selection of one context: what a decode step reads of the tokens in the cache. Nothing is deleted.
+
+    Attributes:
+        method: one of ``SELECTIONS``; ``quest`` is Quest (arXiv 2406.10774), pages chosen per KV head.
+        budget: tokens read per step and KV head, rounded up to pages; 0: an eighth of the cached tokens, but not less
+            than 512 (``llama_edgekv_auto_budget``).
+        page_size: tokens per page, one of ``PAGE_SIZES``.
+        dense_layers: the first layers of the model, which read the whole cache.
+        grouped_attention: steps that do not select read the cache with our attention kernel, each row once for all query
+            heads of its KV head: faster than the stock one, equal but for the last bits. The dense layers of a step that
+            selects are read so anyway.
+    """
+
+    method: str = "quest"
+    budget: int = 0
+    page_size: int = 16
+    dense_layers: int = 2
+    grouped_attention: bool = False
+
+    @classmethod
+    def resolve(
+        cls,
+        method: str = "none",
+        budget: int | str | None = None,
+        page_size: int | None = None,
+        dense_layers: int | None = None,
+        grouped_attention: bool = False,
+    ) -> SelectionSettings:
+        """Check what the user wrote.
+
+        Args:
+            budget: tokens, or ``auto`` (the default).
+
+        Raises:
+            EdgekvError: naming the flag that is wrong.
+        """
+        if method not in SELECTIONS:
+            raise EdgekvError(f"--kv-select {method}: unknown, choose one of {', '.join(SELECTIONS)}")
+        if method == "none":
+            for flag, value in (("--kv-select-budget", budget), ("--kv-page-size", page_size),
+                                ("--kv-dense-layers", dense_layers)):
+                if value is not None:
+                    raise EdgekvError(f"{flag} is for selection: add --kv-select quest or drop it")
+            return cls("none", grouped_attention=grouped_attention)
+
+        page_size = 16 if page_size is None else page_size
+        if page_size not in PAGE_SIZES:
+            raise EdgekvError(f"--kv-page-size {page_size}: choose one of {', '.join(map(str, PAGE_SIZES))}")
+        text = "auto" if budget is None else str(budget).strip()
+        if text == "auto":
+            tokens = 0
+        elif text.isascii() and text.isdigit() and len(text) <= 10:
+            tokens = int(text)
+            if tokens < 2 * page_size:
+                raise EdgekvError(f"--kv-select-budget {text}: must be two pages at least, {2 * page_size} tokens: the "
+                                  "first and the newest page are always read")
+            if tokens > 2**31 - 1:
+                raise EdgekvError(f"--kv-select-budget {text}: too large")
+        else:
+            raise EdgekvError(f"--kv-select-budget {text}: give a number of tokens, or auto")
+        layers = 2 if dense_layers is None else dense_layers
+        if layers < 0:
+            raise EdgekvError(f"--kv-dense-layers {layers}: must not be negative")
+        return cls(method, tokens, page_size, layers, grouped_attention)
+
+    @property
+    def needs_flash_attention(self) -> bool:
+        """Our kernels read V as rows, which is how the cache stores it with flash attention."""
+        return self.method != "none" or self.grouped_attention
+
+    def __str__(self) -> str:
+        if self.method == "none":
+            return "none, grouped attention" if self.grouped_attention else "none"
+        return f"{self.method} {self.budget or 'auto'}, pages of {self.page_size}, {self.dense_layers} dense layers"
 
 
 def parse_budget(text: int | str, *, n_ctx: int, bytes_per_token: int = 0) -> int:

@@ -10,6 +10,8 @@
 #include "simd-mappings.h"
 #include "vec.h"
 
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -21,6 +23,20 @@ constexpr int64_t PART  = 512; // cells per part of the work
 constexpr int64_t AHEAD = 32;  // cells that are fetched before their turn
 constexpr int64_t PAGES = 8;   // that are scored at once
 constexpr float   INF   = std::numeric_limits<float>::infinity();
+
+// --- counters --------------------------------------------------------------------------------------------------------
+
+// NULL without; the kernels' threads add at the same time
+std::atomic<int64_t> * counters(const ggml_tensor * dst) {
+    static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t), "counters are plain numbers");
+
+    const ggml_tensor * t = dst->src[GGML_MAX_SRC - 1];
+    return t ? (std::atomic<int64_t> *) t->data : nullptr;
+}
+
+int64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // --- elements of rows ------------------------------------------------------------------------------------------------
 
@@ -216,6 +232,8 @@ void add_rows(const char * rows, size_t nb, int64_t n_rows, const float * weight
             }
         }
     }
+#else
+    GGML_UNUSED(next);
 #endif
     for (; i < n; ++i) {
         for (int64_t r = 0; r < n_rows; ++r) {
@@ -270,10 +288,14 @@ void summarize(const ggml_compute_params * params, ggml_tensor * dst) {
     float * hi  = lo + n;
     float * key = hi + n;
 
+    // a head of a page belongs to one thread, however often the page is named
     const auto page = [&](int64_t s, int64_t p) {
         const int64_t last = std::min(n_cells, (p + 1)*page_size);
 
         for (int64_t h = 0; h < keys->ne[1]; ++h) {
+            if (((s*n_pages + p)*keys->ne[1] + h) % params->nth != params->ith) {
+                continue;
+            }
             std::fill(lo, lo + n,  INF);
             std::fill(hi, hi + n, -INF);
 
@@ -295,7 +317,6 @@ void summarize(const ggml_compute_params * params, ggml_tensor * dst) {
         }
     };
 
-    // a page belongs to one thread, however often it is named
     if (cells) {
         int64_t before = -1;
         for (int64_t i = 0; i < cells->ne[0]; ++i) {
@@ -303,13 +324,13 @@ void summarize(const ggml_compute_params * params, ggml_tensor * dst) {
             const int64_t s = c/n_cells;
             const int64_t p = (c%n_cells)/page_size;
             const int64_t id = s*n_pages + p;
-            if (id != before && id % params->nth == params->ith) {
+            if (id != before) {
                 page(s, p);
             }
             before = id;
         }
     } else {
-        for (int64_t id = params->ith; id < n_pages*keys->ne[3]; id += params->nth) {
+        for (int64_t id = 0; id < n_pages*keys->ne[3]; ++id) {
             page(id/n_pages, id%n_pages);
         }
     }
@@ -439,6 +460,9 @@ void choose_pages(const ggml_compute_params * params, ggml_tensor * dst) {
     const edgekv_range r = edgekv_share(n_head_kv*n_tokens*dst->ne[3], params);
     int64_t n_seen = 0;
 
+    int64_t chosen_sum = 0;
+    int64_t seen_sum   = 0;
+
     for (int64_t item = r.begin; item < r.end; ++item) {
         const int64_t ts = item/n_head_kv; // token + n_tokens*stream
 
@@ -454,6 +478,9 @@ void choose_pages(const ggml_compute_params * params, ggml_tensor * dst) {
 
         const float * score = (const float *) scores->data + item*n_pages;
         int32_t     * out   = (int32_t *) dst->data + item*n_chosen;
+
+        chosen_sum += std::min(n_seen, n_chosen);
+        seen_sum   += n_seen;
 
         if (n_seen <= n_chosen) {
             std::copy(seen, seen + n_seen, out);
@@ -481,6 +508,11 @@ void choose_pages(const ggml_compute_params * params, ggml_tensor * dst) {
             }
         }
         *out = seen[n_seen - 1];
+    }
+
+    if (auto * c = counters(dst)) {
+        c[2] += chosen_sum;
+        c[3] += seen_sum;
     }
 }
 
@@ -712,12 +744,20 @@ void attn(const ggml_compute_params * params, ggml_tensor * dst) {
 } // namespace
 
 void ggml_compute_forward_edgekv_select(const ggml_compute_params * params, ggml_tensor * dst) {
+    auto * const count = params->ith == 0 ? counters(dst) : nullptr;
+    const int64_t start = count ? now_ns() : 0;
+
     switch (dst->op) {
         case GGML_OP_EDGEKV_SUMMARIZE:    summarize   (params, dst); break;
         case GGML_OP_EDGEKV_PAGE_SCORES:  page_scores (params, dst); break;
         case GGML_OP_EDGEKV_CHOOSE_PAGES: choose_pages(params, dst); break;
         case GGML_OP_EDGEKV_ATTN:         attn        (params, dst); break;
         default:                          GGML_ABORT("not an operator of selection: %s", ggml_op_name(dst->op));
+    }
+
+    if (count) {
+        count[0] += now_ns() - start;
+        count[1] += 1;
     }
 }
 

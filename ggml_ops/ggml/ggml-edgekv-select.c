@@ -3,6 +3,9 @@
 #include "ggml-edgekv.h"
 #include "ggml-impl.h"
 
+// behind the sources of every operator of selection
+#define EDGEKV_COUNTERS (GGML_MAX_SRC - 1)
+
 static void assert_query(const struct ggml_tensor * q) {
     GGML_ASSERT(q->type == GGML_TYPE_F32);
     GGML_ASSERT(q->nb[0] == sizeof(float));
@@ -16,7 +19,9 @@ static void assert_rows(const struct ggml_tensor * rows) {
 
 static void assert_summaries(const struct ggml_tensor * summaries) {
     GGML_ASSERT(summaries->type == GGML_TYPE_F16);
-    GGML_ASSERT(ggml_is_contiguous(summaries));
+    GGML_ASSERT(summaries->nb[0] == sizeof(ggml_fp16_t));
+    GGML_ASSERT(summaries->nb[1] == summaries->ne[0]*summaries->nb[0]);
+    GGML_ASSERT(summaries->nb[2] == summaries->ne[1]*summaries->nb[1]);
 }
 
 static void assert_mask(const struct ggml_tensor * mask) {
@@ -150,4 +155,16 @@ struct ggml_tensor * ggml_edgekv_attn(
     result->src[5] = sinks;
 
     return result;
+}
+
+void ggml_edgekv_set_counters(
+        struct ggml_tensor * op,
+        struct ggml_tensor * counters) {
+    GGML_ASSERT(op->op == GGML_OP_EDGEKV_SUMMARIZE || op->op == GGML_OP_EDGEKV_PAGE_SCORES ||
+                op->op == GGML_OP_EDGEKV_CHOOSE_PAGES || op->op == GGML_OP_EDGEKV_ATTN);
+    GGML_ASSERT(counters->type == GGML_TYPE_I64);
+    GGML_ASSERT(ggml_is_contiguous(counters));
+    GGML_ASSERT(ggml_nelements(counters) == 4);
+
+    op->src[EDGEKV_COUNTERS] = counters;
 }

@@ -76,8 +76,8 @@ GGML_API struct ggml_tensor * ggml_edgekv_compact(
 //   values    [head_size_v, n_head_kv, n_cells, n_stream]  as keys
 //   mask      [n_cells, n_tokens, 1, n_stream]             F16, contiguous: added to the scores, -inf where a token may
 //                                                          not look; a cell is visible if it is not -inf
-//   summaries [2*head_size, n_head_kv, n_pages, n_stream]  F16, contiguous: per page and KV head the maximum of each
-//                                                          channel of the keys, then the minima
+//   summaries [2*head_size, n_head_kv, n_pages, n_stream]  F16, each stream contiguous: per page and KV head the maximum
+//                                                          of each channel of the keys, then the minima
 //   pages     [n_chosen, n_head_kv, n_tokens, n_stream]    I32, ascending page numbers, then -1
 //
 // n_head is a multiple of n_head_kv: query head h belongs to KV head h/(n_head/n_head_kv).
@@ -133,6 +133,13 @@ GGML_API struct ggml_tensor * ggml_edgekv_attn(
         int64_t               page_size,
         float                 scale,
         float                 softcap);
+
+// Statistics of an operator of selection: each computation adds to counters
+//   counters [4] I64, contiguous: nanoseconds of the first thread, computations, and, for choose_pages only, the pages
+//            chosen and those that had a visible cell, over all KV heads, tokens and streams
+GGML_API void ggml_edgekv_set_counters(
+        struct ggml_tensor * op,
+        struct ggml_tensor * counters);
 
 #ifdef __cplusplus
 }

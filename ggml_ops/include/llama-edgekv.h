@@ -1,6 +1,6 @@
 #pragma once
 
-// The C interface of edgekv: eviction in the KV cache of a llama_context.
+// The C interface of edgekv: eviction and selection in the KV cache of a llama_context.
 //
 // `llama_context_params` crosses the language bindings by value, so it is never extended. Settings are handed over
 // beforehand instead: llama_edgekv_set_next() stores them for the next llama_init_from_model() of the same thread,
@@ -13,7 +13,12 @@
 // claims the last positions of the sequence instead, so that the causal mask and the recent window stay exact.
 //
 // In models with sliding windows only the layers with full attention are evicted from, in hybrids those with attention;
-// "the cache" is theirs.
+// "the cache" is theirs. The same layers are selected from.
+//
+// Selection reads, at each decode step, only the pages of cells whose bound on the attention score is highest; nothing is
+// deleted. A decode step is a ubatch of at most LLAMA_EDGEKV_DECODE_TOKENS tokens per sequence; longer ones, and steps
+// whose budget covers the cache, are computed as without selection, bit for bit. It needs V as rows, so flash_attn_type
+// must be ENABLED. A state does not depend on it: any context of the same model and cache can load it.
 //
 // State: llama_state_* and llama_state_seq_* save and load evicted contexts too, with settings, a hash of the filters,
 // floors and true positions in a format of their own. A state that is damaged, stock, of another model or of other
@@ -34,6 +39,8 @@ enum llama_edgekv_mode {
     LLAMA_EDGEKV_MODE_PROMPT  = 1,
 };
 
+#define LLAMA_EDGEKV_DECODE_TOKENS 8
+
 struct llama_edgekv_params {
     uint32_t struct_size; // sizeof(struct llama_edgekv_params) of the caller
 
@@ -51,7 +58,17 @@ struct llama_edgekv_params {
     const int32_t * filter_layers;
     uint32_t        n_filter_layers;
 
-    // collect the second moments of the post-RoPE queries, see llama_edgekv_tap_get()
+    // selection: "none" or "quest"
+    const char * select;
+    uint32_t select_budget;  // cells read per decode step and KV head, rounded up to pages; 0: llama_edgekv_auto_budget()
+    uint32_t page_size;      // cells per page: 8, 16, 32 or 64
+    uint32_t n_dense_layers; // the first layers of the model, which are not selected from
+
+    // decode steps that do not select read the cache with our kernel, each row once for all query heads of its KV head.
+    // The result differs from stock's in the last bits. Where a step selects, its dense layers are read so anyway.
+    bool grouped_attn;
+
+    // collect the post-RoPE queries, see llama_edgekv_tap_get() and llama_edgekv_tap_queries()
     bool tap_queries;
 };
 
@@ -69,6 +86,18 @@ struct llama_edgekv_stats {
     uint64_t v_bytes;         // allocated bytes of V there
     uint64_t kv_bytes;        // the memory module's buffers, all halves, as llama.cpp's own memory breakdown counts them
     uint64_t scratch_bytes;   // device buffers reserved for evictions
+
+    // selection, of the whole context since it was created; times are those of the first thread
+    uint64_t summary_bytes;   // allocated, part of kv_bytes
+    uint64_t n_selections;    // decode steps that read chosen pages, of any sequences
+    uint64_t pages_read;      // by these steps: summed over layers, KV heads and tokens
+    uint64_t pages_total;     // that had something to read
+    uint64_t bytes_read;      // of K and V in the pages read, and of all summaries
+    uint64_t summarize_us;    // keeping the summaries, prompts included
+    uint64_t scores_us;
+    uint64_t choice_us;
+    uint64_t attn_us;         // attention on the chosen pages
+    uint64_t dense_us;        // attention on all cells by our kernel
 };
 
 struct llama_edgekv_layer {
@@ -100,6 +129,10 @@ LLAMA_API bool llama_edgekv_set_keep(struct llama_context * ctx, uint32_t n_keep
 // Statistics of one sequence, or of all (seq_id -1). Works for contexts without settings too (floor and evictions 0).
 LLAMA_API bool llama_edgekv_get_stats(struct llama_context * ctx, llama_seq_id seq_id, struct llama_edgekv_stats * stats);
 
+// The budget that grows with the context, in cells, for a step that could read n of them: an eighth, but not less than
+// 512. A fixed budget is Quest's known weakness: the share of the attention that it holds falls with the context.
+LLAMA_API uint32_t llama_edgekv_auto_budget(uint32_t n);
+
 // Whether a layer of a model attends to a sliding window only, and so is not evicted from.
 LLAMA_API bool llama_edgekv_is_swa(const struct llama_model * model, int32_t il);
 
@@ -121,6 +154,12 @@ LLAMA_API int64_t llama_edgekv_rows(struct llama_context * ctx, llama_seq_id seq
 // sum q q^T [head_size, head_size] and the sum [head_size] of all post-RoPE queries so far, in float64.
 // Returns the number of queries in them, -1 on error.
 LLAMA_API int64_t llama_edgekv_tap_get(struct llama_context * ctx, int32_t i_layer, int32_t i_head, double * moment, double * sum);
+
+// What the last ubatch did in cache layer i_layer, if it was a decode step (tap_queries): its post-RoPE queries, F32
+// [n_tokens, n_head, head_size], and the pages that were chosen for them, I32 [n_tokens, n_head_kv, n_chosen], ascending,
+// then -1; none where all cells were read. Both return how many numbers there are, -1 on error, and write at most n_max.
+LLAMA_API int64_t llama_edgekv_tap_queries(struct llama_context * ctx, int32_t i_layer, float   * out, int64_t n_max);
+LLAMA_API int64_t llama_edgekv_tap_pages  (struct llama_context * ctx, int32_t i_layer, int32_t * out, int64_t n_max);
 
 #ifdef __cplusplus
 }

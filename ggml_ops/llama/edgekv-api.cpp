@@ -1,4 +1,5 @@
 #include "edgekv-evict.h"
+#include "edgekv-select.h"
 #include "edgekv-tap.h"
 #include "llama-edgekv.h"
 
@@ -155,6 +156,22 @@ bool llama_edgekv_get_stats(llama_context * ctx, llama_seq_id seq_id, llama_edge
         stats->scratch_bytes = evict->scratch_bytes();
     }
 
+    if (const auto * select = kv->get_select()) {
+        ctx->synchronize();
+
+        const auto f = select->get_figures();
+        stats->summary_bytes = f.summary_bytes;
+        stats->n_selections  = f.n_selections;
+        stats->pages_read    = f.pages_read;
+        stats->pages_total   = f.pages_total;
+        stats->bytes_read    = f.bytes_read;
+        stats->summarize_us  = f.summarize_us;
+        stats->scores_us     = f.scores_us;
+        stats->choice_us     = f.choice_us;
+        stats->attn_us       = f.attn_us;
+        stats->dense_us      = f.dense_us;
+    }
+
     for (const uint32_t il : kv->get_layer_ids()) {
         stats->k_bytes += ggml_nbytes(kv->get_k_storage(il));
         if (auto * v = kv->get_v_storage(il)) {
@@ -265,32 +282,60 @@ int64_t llama_edgekv_rows(llama_context * ctx, llama_seq_id seq_id, int32_t i_la
     return (int64_t) (row_bytes*v.cells.size());
 }
 
-int64_t llama_edgekv_tap_get(llama_context * ctx, int32_t i_layer, int32_t i_head, double * moment, double * sum) {
+// the tap of a cache layer, NULL with an error if there is none
+static const llama_edgekv_tap::layer * find_tap(llama_context * ctx, int32_t i_layer) {
     llama_edgekv_layer info;
     if (!llama_edgekv_get_layer(ctx, i_layer, &info)) {
-        return -1;
+        return nullptr;
     }
     const auto & cfg = ctx->get_cparams().edgekv;
     if (!cfg || !cfg->tap) {
         llama_edgekv_set_error("the context was created without tap_queries");
-        return -1;
+        return nullptr;
     }
     ctx->synchronize();
 
     const auto it = cfg->tap->layers.find(info.il);
     if (it == cfg->tap->layers.end()) {
         llama_edgekv_set_error(format("no queries were seen in layer %d", info.il));
+        return nullptr;
+    }
+    return &it->second;
+}
+
+int64_t llama_edgekv_tap_get(llama_context * ctx, int32_t i_layer, int32_t i_head, double * moment, double * sum) {
+    const auto * layer = find_tap(ctx, i_layer);
+    if (!layer) {
         return -1;
     }
-    const auto & layer = it->second;
-    if (i_head < 0 || i_head >= layer.n_head) {
-        llama_edgekv_set_error(format("there is no query head %d in layer %d", i_head, info.il));
+    if (i_head < 0 || i_head >= layer->n_head) {
+        llama_edgekv_set_error(format("there is no query head %d in cache layer %d", i_head, i_layer));
         return -1;
     }
 
-    const size_t n = layer.n_embd;
-    std::copy_n(layer.moments.begin() + i_head*n*n, n*n, moment);
-    std::copy_n(layer.sums.begin()    + i_head*n,   n,   sum);
+    const size_t n = layer->n_embd;
+    std::copy_n(layer->moments.begin() + i_head*n*n, n*n, moment);
+    std::copy_n(layer->sums.begin()    + i_head*n,   n,   sum);
 
-    return layer.count;
+    return layer->count;
+}
+
+int64_t llama_edgekv_tap_queries(llama_context * ctx, int32_t i_layer, float * out, int64_t n_max) {
+    const auto * layer = find_tap(ctx, i_layer);
+    if (!layer) {
+        return -1;
+    }
+    std::copy_n(layer->queries.begin(), std::min<int64_t>(n_max, layer->queries.size()), out);
+
+    return (int64_t) layer->queries.size();
+}
+
+int64_t llama_edgekv_tap_pages(llama_context * ctx, int32_t i_layer, int32_t * out, int64_t n_max) {
+    const auto * layer = find_tap(ctx, i_layer);
+    if (!layer) {
+        return -1;
+    }
+    std::copy_n(layer->pages.begin(), std::min<int64_t>(n_max, layer->pages.size()), out);
+
+    return (int64_t) layer->pages.size();
 }

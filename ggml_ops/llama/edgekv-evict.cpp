@@ -1,99 +1,19 @@
 #include "edgekv-evict.h"
 
 #include "edgekv-hash.h"
+#include "edgekv-select.h"
 #include "ggml-edgekv.h"
 
 #include "llama-cparams.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
-#include "llama-memory-hybrid.h"
 #include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
-
-llama_edgekv_caches llama_edgekv_find_caches(llama_memory_i * memory) {
-    llama_edgekv_caches res;
-
-    if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
-        res.attn = kv;
-    } else if (auto * pair = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
-        res.attn = pair->get_base();
-        res.swa  = pair->get_swa();
-    } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
-        res.attn = hybrid->get_mem_attn();
-        res.recr = hybrid->get_mem_recr();
-    }
-    return res;
-}
-
-void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory) {
-    const auto & hparams = model.hparams;
-
-    const auto refuse = [](const char * why) {
-        throw std::runtime_error(std::string("eviction is not possible: ") + why);
-    };
-
-    if (!memory) {
-        refuse("the model has no KV cache");
-    }
-    const auto caches = llama_edgekv_find_caches(memory);
-    if (!caches.attn) {
-        refuse("the model's memory is none of: a plain KV cache, a sliding-window pair, a hybrid without sliding windows");
-    }
-    if (caches.attn->get_layer_ids().empty()) {
-        refuse("the model has no layer with full attention");
-    }
-    if (caches.attn->get_size() != llama_edgekv_kv_size(cparams) || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
-        refuse("contexts for draft heads are not supported");
-    }
-    if (!caches.swa && hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        refuse("sliding windows read positions from the cells");
-    }
-    if (caches.swa && hparams.swa_type != LLAMA_SWA_TYPE_STANDARD && hparams.swa_type != LLAMA_SWA_TYPE_CHUNKED) {
-        refuse("the model's kind of sliding window is not supported");
-    }
-    if (hparams.is_mla()) {
-        refuse("multi-head latent attention is not supported");
-    }
-    if (hparams.n_pos_per_embd() > 1) {
-        refuse("M-RoPE reads positions from the cells");
-    }
-    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f || hparams.n_rel_attn_bkts > 0) {
-        refuse("ALiBi and relative position buckets read positions from the cells");
-    }
-    if (hparams.ple_n_heads > 0) {
-        refuse("n-gram embeddings read tokens from the cells");
-    }
-    if (!cparams.causal_attn) {
-        refuse("attention is not causal");
-    }
-    if (cparams.kv_unified) {
-        refuse("sequences need streams of their own (kv_unified = false)");
-    }
-    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
-        refuse("split mode 'tensor' is not supported");
-    }
-}
-
-void llama_edgekv_attach(
-        llama_memory_i * memory,
-        const llama_model & model,
-        const llama_cparams & cparams,
-        const std::vector<ggml_backend_t> & backends,
-        const std::vector<ggml_backend_buffer_type_t> & bufts) {
-    if (!cparams.edgekv || !cparams.edgekv->policy) {
-        return;
-    }
-    const auto caches = llama_edgekv_find_caches(memory);
-
-    caches.attn->set_evict(std::make_shared<llama_edgekv_evictor>(caches, model, cparams, backends, bufts));
-}
 
 llama_edgekv_evictor::llama_edgekv_evictor(
         const llama_edgekv_caches & caches,
@@ -110,7 +30,6 @@ llama_edgekv_evictor::llama_edgekv_evictor(
     n_ctx_seq(cparams.n_ctx_seq),
     n_ubatch(cparams.n_ubatch),
     n_threads(cparams.n_threads_batch),
-    backends(std::move(backends)),
     streams(kv.n_stream) {
 
     load_filters();
@@ -123,55 +42,15 @@ llama_edgekv_evictor::llama_edgekv_evictor(
     std::vector<ggml_tensor *> chosen;
     ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size(), worst, chosen);
 
-    check_devices(gf);
-
-    sched.reset(ggml_backend_sched_new(this->backends.data(), bufts.data(), (int) this->backends.size(),
-                ggml_graph_size(gf), /*parallel =*/ false, /*op_offload =*/ false));
-
-    if (kv.hparams.no_alloc) {
-        return;
-    }
-    if (!ggml_backend_sched_reserve(sched.get(), gf)) {
-        throw std::runtime_error("failed to allocate the scratch of the eviction");
-    }
+    computer = std::make_unique<llama_edgekv_computer>(kv, std::move(backends), std::move(bufts), gf, kv.hparams.no_alloc, "eviction");
 }
 
 size_t llama_edgekv_evictor::scratch_bytes() const {
-    size_t res = 0;
-    for (auto * backend : backends) {
-        res += ggml_backend_sched_get_buffer_size(sched.get(), backend);
-    }
+    size_t res = computer->n_bytes();
     for (const auto & [_, buf] : filter_bufs) {
         res += ggml_backend_buffer_get_size(buf.get());
     }
     return res;
-}
-
-// In-place operators cannot fall back to another backend, so what a device lacks is refused now.
-void llama_edgekv_evictor::check_devices(ggml_cgraph * gf) const {
-    std::vector<ggml_backend_dev_t> devs;
-    for (const auto & layer : kv.layers) {
-        auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k->buffer));
-        if (!dev) {
-            dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        }
-        if (std::find(devs.begin(), devs.end(), dev) == devs.end()) {
-            devs.push_back(dev);
-        }
-    }
-
-    for (auto * dev : devs) {
-        // an RPC client claims to support whatever it is asked
-        bool ok = strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") != 0;
-
-        for (int i = 0; ok && i < ggml_graph_n_nodes(gf); ++i) {
-            ok = ggml_backend_dev_supports_op(dev, ggml_graph_node(gf, i));
-        }
-        if (!ok) {
-            throw std::runtime_error(std::string("eviction is not possible: device ") + ggml_backend_dev_name(dev) +
-                    " lacks its operators; keep the KV cache on the CPU (offload_kqv = false or -ngl 0)");
-        }
-    }
 }
 
 void llama_edgekv_evictor::load_filters() {
@@ -479,30 +358,17 @@ bool llama_edgekv_evictor::run(const std::vector<uint32_t> & strms) {
 
 bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
     // the last ubatch may still be computing on the same buffers
-    for (auto * backend : backends) {
-        ggml_backend_synchronize(backend);
-    }
+    computer->synchronize();
 
     const int64_t t_start = ggml_time_us();
 
     const uint32_t used = n_used(strm);
 
-    for (auto * backend : backends) {
-        auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
-        auto * set = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
-        if (set) {
-            set(backend, n_threads);
-        }
-    }
-
     ggml_context_ptr ctx = graph_context();
     std::vector<ggml_tensor *> chosen;
     ggml_cgraph * gf = build_graph(ctx.get(), strm, used, { budget, cfg->window, keep }, chosen);
 
-    ggml_backend_sched_reset(sched.get());
-
-    if (!ggml_backend_sched_alloc_graph(sched.get(), gf) ||
-         ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+    if (!computer->run(gf, n_threads)) {
         llama_edgekv_set_error("the eviction could not be computed");
         return false;
     }
@@ -529,6 +395,10 @@ bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
     st.n_evictions++;
 
     move_cells(strm, budget);
+
+    if (auto * select = kv.get_select()) {
+        select->changed(strm);
+    }
 
     t_us += ggml_time_us() - t_start;
 

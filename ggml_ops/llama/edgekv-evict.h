@@ -12,29 +12,21 @@
 // llama_kv_cache::prepare() plays through when it plans the ubatches of a batch, and takes back. The data half (scores,
 // choice, moving rows) runs when the ubatch is applied. A later ubatch that fails leaves earlier evictions done.
 
+#include "edgekv-attach.h"
+#include "edgekv-compute.h"
 #include "edgekv-settings.h"
 
 #include "ggml-cpp.h"
 #include "llama-kv-cells.h"
 
 #include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
 class  llama_kv_cache;
-class  llama_memory_recurrent;
-struct llama_memory_i;
 struct llama_model;
 struct llama_ubatch;
-
-// what a context's memory consists of, as far as eviction knows it
-struct llama_edgekv_caches {
-    llama_kv_cache         * attn = nullptr; // full attention; NULL: not a memory that eviction knows
-    llama_kv_cache         * swa  = nullptr; // the sliding-window half of a pair
-    llama_memory_recurrent * recr = nullptr; // the recurrent half of a hybrid
-};
-
-llama_edgekv_caches llama_edgekv_find_caches(llama_memory_i * memory);
 
 // streams to be evicted before a ubatch, and how their metadata was before
 struct llama_edgekv_plan {
@@ -140,7 +132,6 @@ private:
     ggml_context_ptr graph_context() const;
 
     void load_filters();
-    void check_devices(ggml_cgraph * gf) const;
 
     const llama_edgekv_caches caches;
     llama_kv_cache &          kv; // caches.attn
@@ -156,8 +147,7 @@ private:
     const uint32_t n_ubatch;
     const int32_t  n_threads;
 
-    std::vector<ggml_backend_t> backends;
-    ggml_backend_sched_ptr      sched;
+    std::unique_ptr<llama_edgekv_computer> computer;
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> filter_bufs;
     std::vector<ggml_tensor *>                                        filters; // per cache layer, or empty
@@ -166,14 +156,3 @@ private:
 
     uint64_t t_us = 0;
 };
-
-// Throws std::runtime_error if the model, its cache or the context cannot be evicted from.
-void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory);
-
-// Gives the memory's cache an evictor, if the context's settings ask for one. Throws as the constructor does.
-void llama_edgekv_attach(
-        llama_memory_i * memory,
-        const llama_model & model,
-        const llama_cparams & cparams,
-        const std::vector<ggml_backend_t> & backends,
-        const std::vector<ggml_backend_buffer_type_t> & bufts);

@@ -78,12 +78,37 @@ bool llama_edgekv_set_next(const llama_edgekv_params * params) {
         s->n_keep = params->n_keep;
     }
 
+    if (params->select && strcmp(params->select, "none") != 0) {
+        if (strcmp(params->select, "quest") != 0) {
+            return refuse(std::string("unknown selection '") + params->select + "'");
+        }
+        if (params->page_size != 8 && params->page_size != 16 && params->page_size != 32 && params->page_size != 64) {
+            return refuse("the page size must be 8, 16, 32 or 64 cells, not " + std::to_string(params->page_size));
+        }
+        if (params->select_budget != 0 && params->select_budget < 2*params->page_size) {
+            return refuse("the selection budget (" + std::to_string(params->select_budget) + ") must be two pages at least (" +
+                          std::to_string(2*params->page_size) + "): the first and the newest are always read");
+        }
+        if (params->select_budget > INT32_MAX) {
+            return refuse("the selection budget is too large");
+        }
+        s->select         = true;
+        s->select_budget  = params->select_budget;
+        s->page_size      = params->page_size;
+        s->n_dense_layers = params->n_dense_layers;
+    }
+    s->grouped_attn = params->grouped_attn;
+
     if (params->tap_queries) {
         s->tap = std::make_shared<llama_edgekv_tap>();
     }
 
     next_settings = std::move(s);
     return true;
+}
+
+uint32_t llama_edgekv_auto_budget(uint32_t n) {
+    return std::max(512u, n/8);
 }
 
 uint32_t llama_edgekv_kv_size(const llama_cparams & cparams) {

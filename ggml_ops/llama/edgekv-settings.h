@@ -25,6 +25,15 @@ struct llama_edgekv_settings {
     std::vector<float>   filters;
     std::vector<int32_t> filter_layers;
 
+    bool     select         = false;
+    uint32_t select_budget  = 0; // 0: auto
+    uint32_t page_size      = 16;
+    uint32_t n_dense_layers = 2;
+    bool     grouped_attn   = false;
+
+    // whether decode steps read the cache in another way than stock's
+    bool reads() const { return select || grouped_attn; }
+
     std::shared_ptr<llama_edgekv_tap> tap; // NULL: queries are not tapped
 };
 

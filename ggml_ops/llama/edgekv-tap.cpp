@@ -7,7 +7,14 @@
 #include <cstdlib>
 #include <cstring>
 
-static const char TAP_PREFIX[] = "edgekv_query-";
+static const char TAP_PREFIX[]   = "edgekv_query-";
+static const char PAGES_PREFIX[] = "edgekv_pages-"; // see llama_edgekv_selector::build_attn()
+
+// the layer if a tensor has such a name, -1 otherwise
+static int layer_of(const ggml_tensor * t, const char * prefix) {
+    const size_t n = strlen(prefix);
+    return strncmp(t->name, prefix, n) == 0 ? atoi(t->name + n) : -1;
+}
 
 void llama_edgekv_tap_query(const llama_cparams & cparams, ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, int il) {
     if (!cparams.edgekv || !cparams.edgekv->tap) {
@@ -60,18 +67,24 @@ static void add_head(llama_edgekv_tap & tap, llama_edgekv_tap::layer & layer, in
 }
 
 bool llama_edgekv_tap_eval(ggml_tensor * t, bool ask, void * user_data) {
-    const size_t n_prefix = sizeof(TAP_PREFIX) - 1;
-
-    const bool ours = strncmp(t->name, TAP_PREFIX, n_prefix) == 0;
+    const int il_query = layer_of(t, TAP_PREFIX);
+    const int il_pages = layer_of(t, PAGES_PREFIX);
     if (ask) {
-        return ours;
+        return il_query >= 0 || il_pages >= 0;
     }
-    if (!ours || t->type != GGML_TYPE_F32) {
+
+    auto & tap = *(llama_edgekv_tap *) user_data;
+
+    if (il_pages >= 0 && t->type == GGML_TYPE_I32) {
+        auto & pages = tap.layers[il_pages].pages;
+        pages.resize(ggml_nelements(t));
+        ggml_backend_tensor_get(t, pages.data(), 0, ggml_nbytes(t));
         return true;
     }
-
-    auto & tap   = *(llama_edgekv_tap *) user_data;
-    auto & layer = tap.layers[atoi(t->name + n_prefix)];
+    if (il_query < 0 || t->type != GGML_TYPE_F32) {
+        return true;
+    }
+    auto & layer = tap.layers[il_query];
 
     if (layer.moments.empty()) {
         layer.n_embd = t->ne[0];
@@ -87,6 +100,13 @@ bool llama_edgekv_tap_eval(ggml_tensor * t, bool ask, void * user_data) {
         add_head(tap, layer, h, t->ne[2]);
     }
     layer.count += t->ne[2];
+
+    // its pages are chosen later
+    layer.pages.clear();
+    layer.queries.clear();
+    if (t->ne[2] <= LLAMA_EDGEKV_DECODE_TOKENS) {
+        layer.queries = tap.queries;
+    }
 
     return true;
 }

@@ -1,8 +1,8 @@
 #pragma once
 
-// Calibration: collects the second moments of the post-RoPE queries while a context reads text. The graph hands over
-// each layer's queries as a node of a known name; the scheduler's eval callback reads them, so nothing is kept but
-// one matrix per query head, however long the text.
+// Collects the post-RoPE queries while a context reads text: for calibration their second moments, one matrix per query
+// head however long the text, and for judging a selection those of the last decode step, with the pages that were chosen
+// for them. The graph hands them over as nodes of known names, which the scheduler's eval callback reads.
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -21,6 +21,10 @@ struct llama_edgekv_tap {
 
         std::vector<double> moments; // [n_head][n_embd][n_embd], sum q q^T
         std::vector<double> sums;    // [n_head][n_embd]
+
+        // of the last ubatch, if it was a decode step
+        std::vector<float>   queries; // [n_tokens][n_head][n_embd]
+        std::vector<int32_t> pages;   // [n_tokens][n_head_kv][n_chosen]
     };
 
     std::map<int, layer> layers; // by layer of the model

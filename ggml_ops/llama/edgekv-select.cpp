@@ -1,0 +1,292 @@
+#include "edgekv-select.h"
+
+#include "ggml-edgekv.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+llama_edgekv_selector::llama_edgekv_selector(
+        llama_kv_cache & kv,
+        const llama_cparams & cparams,
+        std::vector<ggml_backend_t> backends,
+        std::vector<ggml_backend_buffer_type_t> bufts) :
+    kv(kv),
+    cfg(cparams.edgekv),
+    n_threads(cparams.n_threads_batch),
+    stale(kv.n_stream, false) {
+
+    GGML_ASSERT(!kv.v_trans);
+
+    allocate();
+    check_devices();
+
+    ggml_context_ptr ctx = graph_context();
+    ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size());
+
+    if (ggml_graph_n_nodes(gf) > 0) {
+        computer = std::make_unique<llama_edgekv_computer>(kv, std::move(backends), std::move(bufts), gf, kv.hparams.no_alloc, "selection");
+    }
+}
+
+void llama_edgekv_selector::allocate() {
+    layers.resize(kv.layers.size());
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto & cache = kv.layers[i];
+        auto & l = layers[i];
+
+        if (cfg->select && cache.il >= cfg->n_dense_layers) {
+            const int64_t n_pages = (kv.get_size() + cfg->page_size - 1)/cfg->page_size;
+
+            l.summaries = allocate(cache.k, format("edgekv_summaries_l%u", cache.il), GGML_TYPE_F16,
+                    { 2*kv.hparams.n_embd_head_k(cache.il), kv.hparams.n_head_kv(cache.il), n_pages, kv.n_stream });
+        }
+        l.counters = allocate(cache.k, format("edgekv_counters_l%u", cache.il), GGML_TYPE_I64, { 4, N_COUNTERS, 1, 1 });
+    }
+}
+
+ggml_tensor * llama_edgekv_selector::allocate(const ggml_tensor * beside, const std::string & name, ggml_type type, const int64_t (&ne)[4]) {
+    ggml_init_params params = {
+        /*.mem_size   =*/ ggml_tensor_overhead(),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+
+    ggml_tensor * res = ggml_new_tensor(ctx.get(), type, 4, ne);
+    ggml_set_name(res, name.c_str());
+
+    auto * buft = ggml_backend_buffer_get_type(beside->buffer);
+
+    ggml_backend_buffer_ptr buf;
+    if (kv.hparams.no_alloc) {
+        buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
+        res->buffer = buf.get();
+    } else {
+        buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+    }
+    if (!buf) {
+        throw std::runtime_error("failed to allocate the summaries of the selection");
+    }
+    ggml_backend_buffer_clear(buf.get(), 0);
+    bufs.emplace_back(std::move(ctx), std::move(buf));
+
+    return res;
+}
+
+// a decode step's operators, as build_attn() makes them
+void llama_edgekv_selector::check_devices() const {
+    const size_t n_tensors = 16*kv.layers.size();
+
+    ggml_init_params params = {
+        /*.mem_size   =*/ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx { ggml_init(params) };
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), n_tensors, false);
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const int64_t il   = kv.layers[i].il;
+        const int64_t n_k  = kv.hparams.n_embd_head_k(il);
+        const int64_t n_v  = kv.hparams.n_embd_head_v(il);
+        const int64_t n_h  = kv.hparams.n_head_kv(il);
+        const int64_t size = kv.get_size();
+
+        ggml_tensor * q    = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, n_k, 1, kv.hparams.n_head(il), 1);
+        ggml_tensor * k    = ggml_new_tensor_4d(ctx.get(), kv.layers[i].k->type, n_k, n_h, size, 1);
+        ggml_tensor * v    = ggml_new_tensor_4d(ctx.get(), kv.layers[i].v->type, n_v, n_h, size, 1);
+        ggml_tensor * mask = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, size, 1, 1, 1);
+
+        ggml_tensor * pages = nullptr;
+        if (layers[i].summaries) {
+            pages = ggml_edgekv_page_scores(ctx.get(), q, view(ctx.get(), layers[i], size, 0, 1));
+            pages = ggml_edgekv_choose_pages(ctx.get(), pages, mask, cfg->page_size, 1, 2);
+        }
+        ggml_build_forward_expand(gf, ggml_edgekv_attn(ctx.get(), q, k, v, mask, pages, nullptr, cfg->page_size, 1.0f, 0.0f));
+    }
+    llama_edgekv_check_devices(kv, gf, "selection");
+}
+
+ggml_tensor * llama_edgekv_selector::view(ggml_context * ctx, const layer & l, uint32_t n, uint32_t s0, uint32_t ns) const {
+    ggml_tensor * s = l.summaries;
+
+    return ggml_view_4d(ctx, s, s->ne[0], s->ne[1], (n + cfg->page_size - 1)/cfg->page_size, ns, s->nb[1], s->nb[2], s->nb[3], s0*s->nb[3]);
+}
+
+ggml_tensor * llama_edgekv_selector::count(ggml_context * ctx, ggml_tensor * op, const layer & l, counter what) const {
+    ggml_edgekv_set_counters(op, ggml_view_1d(ctx, l.counters, 4, what*l.counters->nb[1]));
+    return op;
+}
+
+ggml_tensor * llama_edgekv_selector::summarize(ggml_context * ctx, ggml_tensor * stored, ggml_tensor * k_idxs, size_t i_layer) const {
+    const auto & l = layers[i_layer];
+    if (!l.summaries) {
+        return stored;
+    }
+    const ggml_tensor * k = kv.layers[i_layer].k;
+
+    const int64_t n_k = l.summaries->ne[0]/2;
+    ggml_tensor * keys = ggml_view_4d(ctx, stored, n_k, l.summaries->ne[1], kv.get_size(), kv.n_stream,
+            ggml_row_size(k->type, n_k), k->nb[1], k->nb[2], 0);
+
+    return count(ctx, ggml_edgekv_summarize(ctx, l.summaries, keys, k_idxs, cfg->page_size), l, SUMMARIZE);
+}
+
+ggml_tensor * llama_edgekv_selector::build_attn(
+        ggml_context * ctx,
+        ggml_cgraph  * gf,
+        const llama_ubatch & ubatch,
+        ggml_tensor  * q,
+        ggml_tensor  * k,
+        ggml_tensor  * v,
+        ggml_tensor  * mask,
+        ggml_tensor  * sinks,
+        float          scale,
+        int            il) const {
+    if (ubatch.n_tokens > LLAMA_EDGEKV_DECODE_TOKENS*ubatch.n_seqs_unq || k->view_src != kv.get_k_storage(il)) {
+        return nullptr;
+    }
+    const int64_t n_kv     = k->ne[2];
+    const int64_t n_stream = k->ne[3];
+    const int64_t n_tokens = q->ne[2]/n_stream;
+
+    const int64_t budget   = cfg->select_budget ? cfg->select_budget : llama_edgekv_auto_budget((uint32_t) n_kv);
+    const int64_t n_chosen = (budget + cfg->page_size - 1)/cfg->page_size;
+
+    const bool selects = cfg->select && n_chosen*cfg->page_size < n_kv;
+    if (!selects && !cfg->grouped_attn) {
+        return nullptr;
+    }
+    const auto & l = layers[kv.map_layer_ids.at(il)];
+
+    q = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_tokens, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tokens, 0);
+    q = ggml_permute(ctx, q, 0, 2, 1, 3);
+
+    ggml_tensor * pages = nullptr;
+    if (selects && l.summaries && il >= (int) cfg->n_dense_layers) {
+        const uint32_t s0 = (uint32_t) (k->view_offs/k->nb[3]);
+
+        ggml_tensor * scores = ggml_edgekv_page_scores(ctx, q, view(ctx, l, (uint32_t) n_kv, s0, (uint32_t) n_stream));
+        count(ctx, scores, l, SCORES);
+
+        // the sinks are in the first page
+        pages = ggml_edgekv_choose_pages(ctx, scores, mask, cfg->page_size, /*n_first =*/ 1, n_chosen);
+        count(ctx, pages, l, CHOICE);
+        ggml_format_name(pages, "edgekv_pages-%d", il);
+    }
+
+    ggml_tensor * cur = ggml_edgekv_attn(ctx, q, k, v, mask, pages, sinks, cfg->page_size, scale,
+            kv.hparams.attn_soft_cap ? kv.hparams.f_attn_logit_softcapping : 0.0f);
+    count(ctx, cur, l, pages ? ATTN : DENSE);
+
+    cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
+    ggml_build_forward_expand(gf, cur);
+
+    return cur;
+}
+
+ggml_context_ptr llama_edgekv_selector::graph_context() const {
+    const size_t n_tensors = 8*kv.layers.size();
+
+    ggml_init_params params = {
+        /*.mem_size   =*/ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+    return ggml_context_ptr { ggml_init(params) };
+}
+
+ggml_cgraph * llama_edgekv_selector::build_graph(ggml_context * ctx, uint32_t strm, uint32_t n) const {
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx, 8*kv.layers.size(), false);
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto & l = layers[i];
+        if (!l.summaries) {
+            continue;
+        }
+        ggml_tensor * k = kv.layers[i].k_stream[strm];
+
+        const int64_t n_k  = l.summaries->ne[0]/2;
+        ggml_tensor * keys = ggml_view_4d(ctx, k, n_k, l.summaries->ne[1], n, 1, ggml_row_size(k->type, n_k), k->nb[1], n*k->nb[1], 0);
+
+        ggml_tensor * op = ggml_edgekv_summarize(ctx, view(ctx, l, n, strm, 1), keys, nullptr, cfg->page_size);
+        ggml_build_forward_expand(gf, count(ctx, op, l, SUMMARIZE));
+    }
+    return gf;
+}
+
+bool llama_edgekv_selector::refresh() {
+    if (!computer || std::find(stale.begin(), stale.end(), true) == stale.end()) {
+        return true;
+    }
+    computer->synchronize();
+
+    for (uint32_t strm = 0; strm < stale.size(); ++strm) {
+        // beyond the used cells nothing is read before it is written
+        const uint32_t n = stale[strm] ? kv.v_cells[strm].used_max_p1() : 0;
+        if (n > 0) {
+            ggml_context_ptr ctx = graph_context();
+            if (!computer->run(build_graph(ctx.get(), strm, n), n_threads)) {
+                llama_edgekv_set_error("the summaries of the selection could not be computed");
+                return false;
+            }
+        }
+        stale[strm] = false;
+    }
+    return true;
+}
+
+void llama_edgekv_selector::add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const {
+    for (const auto & l : layers) {
+        if (l.summaries) {
+            auto * buft = ggml_backend_buffer_get_type(l.summaries->buffer);
+            breakdown[buft] += ggml_backend_buft_get_alloc_size(buft, l.summaries);
+        }
+    }
+}
+
+llama_edgekv_selector::figures llama_edgekv_selector::get_figures() const {
+    figures res;
+
+    uint64_t ns[N_COUNTERS] = {};
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto & l = layers[i];
+
+        int64_t counters[N_COUNTERS][4];
+        if (kv.hparams.no_alloc) {
+            break;
+        }
+        ggml_backend_tensor_get(l.counters, counters, 0, sizeof(counters));
+        for (int c = 0; c < N_COUNTERS; ++c) {
+            ns[c] += counters[c][0];
+        }
+        if (!l.summaries) {
+            continue;
+        }
+        const uint32_t il   = kv.layers[i].il;
+        const uint64_t page = cfg->page_size*(ggml_row_size(kv.layers[i].k->type, kv.hparams.n_embd_head_k(il)) +
+                                              ggml_row_size(kv.layers[i].v->type, kv.hparams.n_embd_head_v(il)));
+
+        res.summary_bytes += ggml_nbytes(l.summaries);
+        res.n_selections   = std::max<uint64_t>(res.n_selections, counters[CHOICE][1]);
+        res.pages_read    += counters[CHOICE][2];
+        res.pages_total   += counters[CHOICE][3];
+        res.bytes_read    += counters[CHOICE][2]*page + counters[CHOICE][3]*l.summaries->nb[1];
+    }
+
+    res.summarize_us = ns[SUMMARIZE]/1000;
+    res.scores_us    = ns[SCORES]/1000;
+    res.choice_us    = ns[CHOICE]/1000;
+    res.attn_us      = ns[ATTN]/1000;
+    res.dense_us     = ns[DENSE]/1000;
+
+    return res;
+}
