@@ -19,9 +19,11 @@
 
 namespace {
 
-constexpr int64_t PART  = 512; // cells per part of the work
-constexpr int64_t AHEAD = 32;  // cells that are fetched before their turn
-constexpr int64_t PAGES = 8;   // that are scored at once
+constexpr int64_t PARTS = 8;  // into which the work of a KV head is cut, of PART_MIN to PART_MAX cells
+constexpr int64_t PART_MIN = 64;
+constexpr int64_t PART_MAX = 512;
+constexpr int64_t AHEAD = 32; // cells that are fetched before their turn
+constexpr int64_t PAGES = 8;  // that are scored at once
 constexpr float   INF   = std::numeric_limits<float>::infinity();
 
 // --- counters --------------------------------------------------------------------------------------------------------
@@ -166,36 +168,35 @@ void dots(const char * rows, size_t nb, const float * const * q, int64_t n, floa
     }
 }
 
-// all query heads of a group against any number of rows
+// N query heads against any number of rows
+template <int N, typename T>
+void dots_some(const char * rows, size_t nb, int64_t n_rows, const float * const * q, int64_t n, float * out, int64_t stride, const ahead & next) {
+    constexpr int R = N >= 3 ? 2 : 4;
+
+    int64_t r = 0;
+    for (; r + R <= n_rows; r += R) {
+        for (int i = 0; i < R; ++i) {
+            next.row(r + i);
+        }
+        dots<N, R, T>(rows + r*nb, nb, q, n, out + r, stride);
+    }
+    for (; r < n_rows; ++r) {
+        dots<N, 1, T>(rows + r*nb, nb, q, n, out + r, stride);
+    }
+}
+
+// all query heads of a group
 template <typename T>
 void dots_all(const char * rows, size_t nb, int64_t n_rows, const float * const * q, int64_t n_q, int64_t n, float * out, int64_t stride, const ahead & next) {
     int64_t j = 0;
     for (; j + 4 <= n_q; j += 4) {
-        int64_t r = 0;
-        for (; r + 2 <= n_rows; r += 2) {
-            if (j == 0) {
-                next.row(r);
-                next.row(r + 1);
-            }
-            dots<4, 2, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
-        }
-        if (r < n_rows) {
-            dots<4, 1, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
-        }
+        dots_some<4, T>(rows, nb, n_rows, q + j, n, out + j*stride, stride, j == 0 ? next : ahead());
     }
-    for (; j < n_q; ++j) {
-        int64_t r = 0;
-        for (; r + 4 <= n_rows; r += 4) {
-            if (j == 0) {
-                for (int64_t i = 0; i < 4; ++i) {
-                    next.row(r + i);
-                }
-            }
-            dots<1, 4, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
-        }
-        for (; r < n_rows; ++r) {
-            dots<1, 1, T>(rows + r*nb, nb, q + j, n, out + j*stride + r, stride);
-        }
+    switch (n_q - j) {
+        case 3: dots_some<3, T>(rows, nb, n_rows, q + j, n, out + j*stride, stride, j == 0 ? next : ahead()); break;
+        case 2: dots_some<2, T>(rows, nb, n_rows, q + j, n, out + j*stride, stride, j == 0 ? next : ahead()); break;
+        case 1: dots_some<1, T>(rows, nb, n_rows, q + j, n, out + j*stride, stride, j == 0 ? next : ahead()); break;
+        default: break;
     }
 }
 
@@ -545,7 +546,7 @@ struct attention {
         n_k(k->ne[0]), n_v(v->ne[0]), n_cells(k->ne[2]), n_tokens(q->ne[1]), n_head(q->ne[2]), n_head_kv(k->ne[1]),
         n_stream(q->ne[3]), group(n_head/n_head_kv) {
         n_listed = pages ? pages->ne[0] : (n_cells + page_size - 1)/page_size;
-        per_part = std::max<int64_t>(1, PART/page_size);
+        per_part = std::max<int64_t>(1, std::clamp(n_listed*page_size/PARTS, PART_MIN, PART_MAX)/page_size);
         ahead    = std::max<int64_t>(1, AHEAD/page_size);
         n_parts  = (n_listed + per_part - 1)/per_part;
     }
@@ -577,57 +578,76 @@ const char * as(const ggml_tensor * x, const char * rows, int64_t n_rows, float 
     return rows;
 }
 
+// a part of the cells of one KV head, token and stream: a unit
+struct piece {
+    const attention & a;
+
+    int64_t h, t, s;
+
+    const int32_t * list; // of pages; NULL: all
+    int64_t first, last;
+
+    piece(const attention & a, int64_t unit, int64_t part) :
+        a(a), h(unit%a.n_head_kv), t(unit/a.n_head_kv%a.n_tokens), s(unit/a.n_head_kv/a.n_tokens),
+        list(a.pages ? (const int32_t *) a.pages->data + unit*a.n_listed : nullptr),
+        first(part*a.per_part), last(std::min(a.n_listed, first + a.per_part)) {}
+
+    int64_t page (int64_t i) const { return list ? list[i] : i; }
+    int64_t count(int64_t p) const { return std::min(a.page_size, a.n_cells - p*a.page_size); }
+
+    const char * rows(const ggml_tensor * x, int64_t p) const {
+        return (const char *) x->data + h*x->nb[1] + p*a.page_size*x->nb[2] + s*x->nb[3];
+    }
+
+    // how many pages of K, then of V, are read
+    int64_t n_reads() const { return 2*(last - first); }
+
+    ahead read(int64_t i) const {
+        const ggml_tensor * x = i < last - first ? a.k : a.v;
+        const int64_t       p = page(first + i%(last - first));
+        if (p < 0) {
+            return {};
+        }
+        return { rows(x, p), (size_t) x->nb[2], ggml_row_size(x->type, x->ne[0]), count(p) };
+    }
+};
+
+// `then` is what this thread does next
 template <typename K, typename V>
-void attend(const attention & a, int64_t unit, int64_t part, float * partial, float * scratch) {
-    const int64_t h = unit%a.n_head_kv;
-    const int64_t t = unit/a.n_head_kv%a.n_tokens;
-    const int64_t s = unit/a.n_head_kv/a.n_tokens;
+void attend(const piece & c, const piece * then, float * partial, float * scratch) {
+    const attention & a = c.a;
 
-    const char * k = (const char *) a.k->data + h*a.k->nb[1] + s*a.k->nb[3];
-    const char * v = (const char *) a.v->data + h*a.v->nb[1] + s*a.v->nb[3];
-
-    const auto * mask = (const ggml_fp16_t *) ((const char *) a.mask->data + t*a.mask->nb[1] + s*a.mask->nb[3]);
-    const int32_t * list = a.pages ? (const int32_t *) a.pages->data + unit*a.n_listed : nullptr;
-
-    const int64_t first = part*a.per_part;
-    const int64_t last  = std::min(a.n_listed, first + a.per_part);
+    const auto * mask  = (const ggml_fp16_t *) ((const char *) a.mask->data + c.t*a.mask->nb[1] + c.s*a.mask->nb[3]);
     const int64_t width = a.per_part*a.page_size;
 
     float * scores = scratch;
     float * bias   = scores + a.group*width;
     float * rows   = bias + a.page_size;
 
-    const auto page  = [&](int64_t i) { return list ? list[i] : (int32_t) i; };
-    const auto count = [&](int64_t p) { return std::min(a.page_size, a.n_cells - p*a.page_size); };
-    // what comes n pages behind page i: K of the part, then its V
-    const auto behind = [&](const ggml_tensor * x, const char * base, int64_t i) {
-        ahead res;
-        if (x == a.k && i >= last) {
-            x    = a.v;
-            base = v;
-            i   -= last - first;
+    const auto soon = [&](int64_t i) {
+        i += a.ahead;
+        if (i < c.n_reads()) {
+            return c.read(i);
         }
-        if (i < last && page(i) >= 0) {
-            res = { base + page(i)*a.page_size*x->nb[2], (size_t) x->nb[2], ggml_row_size(x->type, x->ne[0]), count(page(i)) };
-        }
-        return res;
+        i -= c.n_reads();
+        return then && i < then->n_reads() ? then->read(i) : ahead();
     };
 
     const float * heads[512];
     for (int64_t j = 0; j < a.group; ++j) {
-        heads[j] = (const float *) ((const char *) a.q->data + t*a.q->nb[1] + (h*a.group + j)*a.q->nb[2] + s*a.q->nb[3]);
+        heads[j] = (const float *) ((const char *) a.q->data + c.t*a.q->nb[1] + (c.h*a.group + j)*a.q->nb[2] + c.s*a.q->nb[3]);
     }
 
-    // scores of all cells of the part
+    // scores of all cells
     int64_t n = 0;
-    for (int64_t i = first; i < last && page(i) >= 0; ++i) {
-        const ahead next = behind(a.k, k, i + a.ahead);
-        const int64_t p      = page(i);
-        const int64_t n_rows = count(p);
+    for (int64_t i = c.first; i < c.last && c.page(i) >= 0; ++i) {
+        const int64_t p      = c.page(i);
+        const int64_t n_rows = c.count(p);
 
         size_t nb;
-        const char * x = as<K>(a.k, k + p*a.page_size*a.k->nb[2], n_rows, rows, nb);
-        dots_all<K>(x, nb, n_rows, heads, a.group, a.n_k, scores + n, width, next);
+        const char * x = as<K>(a.k, c.rows(a.k, p), n_rows, rows, nb);
+        dots_all<K>(x, nb, n_rows, heads, a.group, a.n_k, scores + n, width, soon(i - c.first));
+
         ggml_cpu_fp16_to_fp32(mask + p*a.page_size, bias, n_rows);
         for (int64_t j = 0; j < a.group; ++j) {
             float * y = scores + j*width + n;
@@ -665,26 +685,23 @@ void attend(const attention & a, int64_t unit, int64_t part, float * partial, fl
 
     // the weighted sum of the values
     n = 0;
-    for (int64_t i = first; i < last && page(i) >= 0; ++i) {
-        const ahead next = behind(a.v, v, i + a.ahead);
-        const int64_t p      = page(i);
-        const int64_t n_rows = count(p);
+    for (int64_t i = c.first; i < c.last && c.page(i) >= 0; ++i) {
+        const int64_t p      = c.page(i);
+        const int64_t n_rows = c.count(p);
 
         size_t nb;
-        const char * x = as<V>(a.v, v + p*a.page_size*a.v->nb[2], n_rows, rows, nb);
-        add_rows_all<V>(x, nb, n_rows, scores + n, width, acc, a.n_v, a.group, next);
+        const char * x = as<V>(a.v, c.rows(a.v, p), n_rows, rows, nb);
+        add_rows_all<V>(x, nb, n_rows, scores + n, width, acc, a.n_v, a.group, soon(c.last - c.first + i - c.first));
         n += n_rows;
     }
 }
 
 // the parts of a unit, in their order
 void combine(const attention & a, int64_t unit, const float * partials) {
-    const int64_t h = unit%a.n_head_kv;
-    const int64_t t = unit/a.n_head_kv%a.n_tokens;
-    const int64_t s = unit/a.n_head_kv/a.n_tokens;
+    const piece c(a, unit, 0);
 
     for (int64_t j = 0; j < a.group; ++j) {
-        const int64_t head = h*a.group + j;
+        const int64_t head = c.h*a.group + j;
         const float   sink = a.sinks ? ((const float *) a.sinks->data)[head] : -INF;
 
         float top = sink;
@@ -692,7 +709,7 @@ void combine(const attention & a, int64_t unit, const float * partials) {
             top = std::max(top, partials[part*a.partial() + 2*j]);
         }
 
-        float * out = (float *) ((char *) a.dst->data + head*a.dst->nb[1] + t*a.dst->nb[2] + s*a.dst->nb[3]);
+        float * out = (float *) ((char *) a.dst->data + head*a.dst->nb[1] + c.t*a.dst->nb[2] + c.s*a.dst->nb[3]);
         std::fill(out, out + a.n_v, 0.0f);
         if (top == -INF) {
             continue;
@@ -730,7 +747,10 @@ void attn(const ggml_compute_params * params, ggml_tensor * dst) {
     for (int64_t item = r.begin; item < r.end; ++item) {
         const int64_t unit = item%a.n_units();
         const int64_t part = item/a.n_units();
-        run(a, unit, part, partials + (unit*a.n_parts + part)*a.partial(), scratch);
+
+        const piece c(a, unit, part);
+        const piece then(a, (item + 1)%a.n_units(), (item + 1)/a.n_units());
+        run(c, item + 1 < r.end ? &then : nullptr, partials + (unit*a.n_parts + part)*a.partial(), scratch);
     }
 
     ggml_barrier(params->threadpool);
