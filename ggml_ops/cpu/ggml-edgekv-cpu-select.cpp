@@ -15,6 +15,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 namespace {
@@ -66,29 +67,51 @@ inline vec load(const ggml_fp16_t * p) {
 #endif
 
 // the sums of four vectors at once
-inline void sums(const vec * v, float * out) {
+inline void sums(vec a, vec b, vec c, vec d, float * out) {
 #if defined(__AVX512F__) || defined(__AVX__)
-    __m256 x[4];
-    for (int i = 0; i < 4; ++i) {
 #if defined(__AVX512F__)
-        x[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v[i]), 1)));
+    const auto half = [](__m512 x) {
+        return _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)));
+    };
 #else
-        x[i] = v[i];
+    const auto half = [](__m256 x) { return x; };
 #endif
-    }
-    const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
 #else
-    for (int i = 0; i < 4; ++i) {
+    const auto sum = [](vec v) {
         float x[WIDTH];
-        GGML_F32_VEC_STORE(x, v[i]);
-        out[i] = 0.0f;
+        GGML_F32_VEC_STORE(x, v);
+        float res = 0.0f;
         for (int64_t j = 0; j < WIDTH; ++j) {
-            out[i] += x[j];
+            res += x[j];
         }
-    }
+        return res;
+    };
+    out[0] = sum(a);
+    out[1] = sum(b);
+    out[2] = sum(c);
+    out[3] = sum(d);
 #endif
 }
+#endif
+
+// small arrays of vectors stay in registers only if the loops over them are unrolled
+#if defined(__clang__)
+#define EDGEKV_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define EDGEKV_UNROLL _Pragma("GCC unroll 16")
+#else
+#define EDGEKV_UNROLL
+#endif
+
+// rows and vectors of a row that are worked on at once, so that there are registers for them
+#if defined(__AVX512F__)
+constexpr int ROWS[]  = { 0, 4, 4, 4, 4 }; // by the number of query heads
+constexpr int COLUMNS = 4;
+#else
+constexpr int ROWS[]  = { 0, 4, 4, 2, 2 };
+constexpr int COLUMNS = 2;
 #endif
 
 inline float to_float(float x)       { return x; }
@@ -114,54 +137,62 @@ struct ahead {
             }
         }
     }
-    void line(int64_t r, size_t i) const {
+    // a part of it
+    void lines(int64_t r, size_t begin, size_t length) const {
         if (r < n) {
-            prefetch(rows + r*nb + i);
+            for (size_t i = begin; i < begin + length; i += 64) {
+                prefetch(rows + r*nb + i);
+            }
         }
     }
 };
 
 // out[j*stride + r] = <row r, q[j]> for N query heads and R rows: enough sums at once to keep the units busy
 template <int N, int R, typename T>
-void dots(const char * rows, size_t nb, const float * const * q, int64_t n, float * out, int64_t stride) {
+inline void dots(const char * rows, size_t nb, const float * const * q, int64_t n, float * out, int64_t stride) {
     constexpr int M = (N*R + 3)/4*4;
 
     int64_t i = 0;
-    float   res[M] = {};
+    float   res[M];
 
-    const T * row[R];
-    for (int r = 0; r < R; ++r) {
-        row[r] = (const T *) (rows + r*nb);
-    }
 #ifdef EDGEKV_SIMD
     vec acc[M];
+    EDGEKV_UNROLL
     for (int j = 0; j < M; ++j) {
         acc[j] = GGML_F32_VEC_ZERO;
     }
     for (; i + WIDTH <= n; i += WIDTH) {
         vec x[R];
+        EDGEKV_UNROLL
         for (int r = 0; r < R; ++r) {
-            x[r] = load(row[r] + i);
+            x[r] = load((const T *) (rows + r*nb) + i);
         }
+        EDGEKV_UNROLL
         for (int j = 0; j < N; ++j) {
             const vec y = load(q[j] + i);
+            EDGEKV_UNROLL
             for (int r = 0; r < R; ++r) {
                 acc[j*R + r] = GGML_F32_VEC_FMA(acc[j*R + r], x[r], y);
             }
         }
     }
+    EDGEKV_UNROLL
     for (int j = 0; j < M; j += 4) {
-        sums(acc + j, res + j);
+        sums(acc[j], acc[j + 1], acc[j + 2], acc[j + 3], res + j);
     }
+#else
+    std::fill(res, res + M, 0.0f);
 #endif
     for (; i < n; ++i) {
         for (int j = 0; j < N; ++j) {
             for (int r = 0; r < R; ++r) {
-                res[j*R + r] += to_float(row[r][i])*q[j][i];
+                res[j*R + r] += to_float(((const T *) (rows + r*nb))[i])*q[j][i];
             }
         }
     }
+    EDGEKV_UNROLL
     for (int j = 0; j < N; ++j) {
+        EDGEKV_UNROLL
         for (int r = 0; r < R; ++r) {
             out[j*stride + r] = res[j*R + r];
         }
@@ -171,7 +202,7 @@ void dots(const char * rows, size_t nb, const float * const * q, int64_t n, floa
 // N query heads against any number of rows
 template <int N, typename T>
 void dots_some(const char * rows, size_t nb, int64_t n_rows, const float * const * q, int64_t n, float * out, int64_t stride, const ahead & next) {
-    constexpr int R = N >= 3 ? 2 : 4;
+    constexpr int R = ROWS[N];
 
     int64_t r = 0;
     for (; r + R <= n_rows; r += R) {
@@ -205,34 +236,46 @@ template <int N, typename T>
 void add_rows(const char * rows, size_t nb, int64_t n_rows, const float * weight, int64_t stride, float * acc, int64_t n, const ahead & next) {
     int64_t i = 0;
 #ifdef EDGEKV_SIMD
-    constexpr int C = 2; // vectors of a row at once
-    for (; i + C*WIDTH <= n; i += C*WIDTH) {
-        vec a[N][C];
-        for (int j = 0; j < N; ++j) {
-            for (int c = 0; c < C; ++c) {
-                a[j][c] = load(acc + j*n + i + c*WIDTH);
-            }
-        }
-        for (int64_t r = 0; r < n_rows; ++r) {
-            const T * row = (const T *) (rows + r*nb) + i;
-            next.line(r, i*sizeof(T));
-            vec x[C];
-            for (int c = 0; c < C; ++c) {
-                x[c] = load(row + c*WIDTH);
-            }
+    const auto columns = [&](auto width) {
+        constexpr int C = decltype(width)::value; // vectors of a row at once
+
+        for (; i + C*WIDTH <= n; i += C*WIDTH) {
+            vec a[N][C];
+            EDGEKV_UNROLL
             for (int j = 0; j < N; ++j) {
-                const vec w = GGML_F32_VEC_SET1(weight[j*stride + r]);
+                EDGEKV_UNROLL
                 for (int c = 0; c < C; ++c) {
-                    a[j][c] = GGML_F32_VEC_FMA(a[j][c], x[c], w);
+                    a[j][c] = load(acc + j*n + i + c*WIDTH);
+                }
+            }
+            for (int64_t r = 0; r < n_rows; ++r) {
+                const T * row = (const T *) (rows + r*nb) + i;
+                vec x[C];
+                EDGEKV_UNROLL
+                for (int c = 0; c < C; ++c) {
+                    x[c] = load(row + c*WIDTH);
+                }
+                next.lines(r, i*sizeof(T), C*WIDTH*sizeof(T));
+                EDGEKV_UNROLL
+                for (int j = 0; j < N; ++j) {
+                    const vec w = GGML_F32_VEC_SET1(weight[j*stride + r]);
+                    EDGEKV_UNROLL
+                    for (int c = 0; c < C; ++c) {
+                        a[j][c] = GGML_F32_VEC_FMA(a[j][c], x[c], w);
+                    }
+                }
+            }
+            EDGEKV_UNROLL
+            for (int j = 0; j < N; ++j) {
+                EDGEKV_UNROLL
+                for (int c = 0; c < C; ++c) {
+                    GGML_F32_VEC_STORE(acc + j*n + i + c*WIDTH, a[j][c]);
                 }
             }
         }
-        for (int j = 0; j < N; ++j) {
-            for (int c = 0; c < C; ++c) {
-                GGML_F32_VEC_STORE(acc + j*n + i + c*WIDTH, a[j][c]);
-            }
-        }
-    }
+    };
+    columns(std::integral_constant<int, COLUMNS>());
+    columns(std::integral_constant<int, 1>());
 #else
     GGML_UNUSED(next);
 #endif
