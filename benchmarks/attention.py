@@ -2,9 +2,10 @@
 
     python benchmarks/attention.py [-o json] [--cells 4096,...] [--budgets 512,...]
 
-Needs the package `gguf` (`pip install '.[test]'`) and about 3 GiB. For a head layout of 32 query and 8 KV heads of 128,
-f16, page size 16. Every time is the median over graphs of several layers, each with K and V of its own, so that nothing
-is read from a cache that the layer before has filled. Correctness is checked first, against NumPy in float64.
+Needs the package `gguf` (`pip install '.[test]'`) and about 5 GiB. For a head layout of 32 query and 8 KV heads of 128,
+f16, page size 16. A graph has several layers, each with K and V of its own, so that nothing is read from a cache that the
+layer before has filled; the graphs take turns, and every time is a median. All lie in huge pages of the system where it
+has them, as selection asks for. Correctness is checked first, against NumPy in float64.
 """
 
 from __future__ import annotations
@@ -40,50 +41,66 @@ for _name, _result, *_arguments in (
 
 
 class Bench(ggml.Graph):
-    """Layers of K, V (as rows and transposed) and summaries; one query."""
+    """Layers of K, V (as rows and transposed) and summaries; one query; a graph for each way to read them."""
 
-    def __init__(self, n_cells: int, data: dict, what: str, budget: int = 0):
-        super().__init__()
-        self.results, g = [], self
+    def __init__(self, n_cells: int, data: dict, budgets: list[int]):
+        super().__init__(n_tensors=64 * N_LAYERS, n_graphs=3 + len(budgets))
+        self.data, g = data, self
         q = g.permute(g.tensor("f32", (SIZE, N_HEAD, 1, 1), data["q"]), 0, 2, 1, 3)
         mask = g.tensor("f16", (n_cells, 1, 1, 1), np.zeros(n_cells, np.float16))
+        row, cell = 2 * SIZE, 2 * SIZE * N_HEAD_KV
+
+        def cache(rows):
+            whole = g.tensor("f16", (SIZE * N_HEAD_KV, n_cells), rows)
+            return g.view_4d(whole, (SIZE, N_HEAD_KV, n_cells, 1), row, cell, cell * n_cells)
+
+        self.results: dict[str | int, list[int]] = {}  # by "flash", "plain", "dense" or a budget
+        self.pages: dict[int, int] = {}
+
+        def add(what, node):
+            self.results.setdefault(what, []).append(node)
+
         for _ in range(N_LAYERS):
-            row, cell = 2 * SIZE, 2 * SIZE * N_HEAD_KV
+            k, v = cache(data["k"]), cache(data["v"])
+            k_rows, v_rows = (g.permute(x, 0, 2, 1, 3) for x in (k, v))
+            add("flash", _base.ggml_flash_attn_ext(g._ctx, q, k_rows, v_rows, mask, SCALE, 0.0, 0.0))
+            # [n_cells, size, heads] as a cache without flash attention stores V
+            vt = g.tensor("f16", (n_cells, SIZE, N_HEAD_KV, 1), data["vt"])
+            weights = _base.ggml_soft_max_ext(g._ctx, _base.ggml_mul_mat(g._ctx, k_rows, q), mask, SCALE, 0.0)
+            add("plain", _base.ggml_mul_mat(g._ctx, vt, weights))
+            add("dense", g.op("attn", q, k, v, mask, None, None, PAGE, SCALE, 0.0))
+            s = g.tensor("f16", (2 * SIZE, N_HEAD_KV, n_cells // PAGE, 1), data["summaries"])
+            for budget in budgets:
+                pages = g.op("choose_pages", g.op("page_scores", q, s), mask, PAGE, 1, budget // PAGE)
+                self.pages[budget] = pages
+                add(budget, g.op("attn", q, k, v, mask, pages, None, PAGE, SCALE, 0.0))
+        self.graphs = {what: self.graph(*nodes) for what, nodes in self.results.items()}
+        self.allocate(huge_pages=True)
 
-            def cache(rows):
-                whole = g.tensor("f16", (SIZE * N_HEAD_KV, n_cells), rows)
-                return g.view_4d(whole, (SIZE, N_HEAD_KV, n_cells, 1), row, cell, cell * n_cells)
+    def times(self, n_threads: int, seconds: float) -> dict:
+        """Median seconds per layer of each graph. They take turns, so that all see the same machine."""
+        times = {what: [] for what in self.graphs}
+        end = time.perf_counter() + seconds * len(times)
+        while len(times["flash"]) < 5 or time.perf_counter() < end:
+            for what, graph in self.graphs.items():
+                for _ in range(1 if what == "flash" else 3):
+                    began = time.perf_counter()
+                    self.run(graph, n_threads)
+                    times[what].append((time.perf_counter() - began) / N_LAYERS)
+        return {what: float(np.median(t[len(t) // 10 :])) for what, t in times.items()}
 
-            k = cache(data["k"])
-            if what == "plain":
-                # [n_cells, size, heads] as a cache without flash attention stores V
-                v = g.tensor("f16", (n_cells, SIZE, N_HEAD_KV, 1), data["vt"])
-                kq = _base.ggml_mul_mat(g._ctx, g.permute(k, 0, 2, 1, 3), q)
-                kq = _base.ggml_soft_max_ext(g._ctx, kq, mask, SCALE, 0.0)
-                self.results.append(_base.ggml_mul_mat(g._ctx, v, kq))
-                continue
-            v = cache(data["v"])
-            if what == "flash":
-                k, v = (g.permute(x, 0, 2, 1, 3) for x in (k, v))
-                self.results.append(_base.ggml_flash_attn_ext(g._ctx, q, k, v, mask, SCALE, 0.0, 0.0))
-                continue
-            pages = None
-            if what == "select":
-                s = g.tensor("f16", (2 * SIZE, N_HEAD_KV, n_cells // PAGE, 1), data["summaries"])
-                scores = g.op("page_scores", q, s)
-                pages = g.op("choose_pages", scores, mask, PAGE, 1, budget // PAGE)
-                self.pages = pages
-            self.results.append(g.op("attn", q, k, v, mask, pages, None, PAGE, SCALE, 0.0))
-
-    def time(self, n_threads: int, seconds: float) -> float:
-        """Seconds per layer."""
-        self.compute(*self.results, n_threads=n_threads)
-        graph, times, end = self._graph, [], time.perf_counter() + seconds
-        while len(times) < 5 or time.perf_counter() < end:
-            began = time.perf_counter()
-            assert ggml._compute(ggml._backend, graph) == 0
-            times.append((time.perf_counter() - began) / N_LAYERS)
-        return float(np.median(times))
+    def error(self, what) -> float:
+        """Normalised mean squared error of the last layer against NumPy, over every third query head."""
+        chosen = None if what not in self.pages else self.read(self.pages[what], np.int32, (N_HEAD_KV, what // PAGE))
+        got = self.read(self.results[what][-1], np.float32, (N_HEAD, SIZE))
+        q, k, v = (self.data[name].astype(np.float64) for name in "qkv")
+        up = down = 0.0
+        for head in range(0, N_HEAD, 3):
+            h = head // (N_HEAD // N_HEAD_KV)
+            rows = np.arange(len(k)) if chosen is None else (chosen[h][:, None] * PAGE + np.arange(PAGE)).ravel()
+            want = oracle.attention(q[0, 0, head], k[rows, h], v[rows, h], np.zeros(len(rows)), SCALE)
+            up, down = up + ((got[head] - want) ** 2).sum(), down + (want**2).sum()
+        return up / down
 
 
 def make_data(n_cells: int) -> dict:
@@ -95,55 +112,35 @@ def make_data(n_cells: int) -> dict:
             "q": rng.standard_normal((1, 1, N_HEAD, SIZE), dtype=np.float32)}
 
 
-def check(bench: Bench, data: dict, what: str) -> float:
-    """Normalised mean squared error of the last layer, over four heads of every KV head's group."""
-    chosen = None
-    if what == "select":
-        n = bench.pages_read
-        chosen = bench.read(bench.pages, np.int32, (N_HEAD_KV, n))
-    got = bench.read(bench.results[-1], np.float32, (N_HEAD, SIZE))
-    k, v = data["k"].astype(np.float64), data["v"].astype(np.float64)
-    up = down = 0.0
-    for head in range(0, N_HEAD, 3):
-        h = head // (N_HEAD // N_HEAD_KV)
-        rows = np.arange(len(k)) if chosen is None else (chosen[h][:, None] * PAGE + np.arange(PAGE)).ravel()
-        want = oracle.attention(data["q"][0, 0, head].astype(np.float64), k[rows, h], v[rows, h], np.zeros(len(rows)), SCALE)
-        up, down = up + ((got[head] - want) ** 2).sum(), down + (want**2).sum()
-    return up / down
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", default="4096,8192,16384,32768,65536")
     parser.add_argument("--budgets", default="512,1024,2048,4096")
     parser.add_argument("-t", "--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each figure")
+    parser.add_argument("--seconds", type=float, default=2, help="for each figure")
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md")
     args = parser.parse_args()
 
     rows = []
     for n_cells in map(int, args.cells.split(",")):
+        budgets = [b for b in map(int, args.budgets.split(",")) if b <= n_cells]
         data = make_data(n_cells)
-        times, errors = {}, {}
-        for what in ("flash", "plain", "dense"):
-            with Bench(n_cells, data, what) as bench:
-                times[what] = bench.time(args.threads, args.seconds)
+        with Bench(n_cells, data, budgets) as bench:
+            for graph in bench.graphs.values():
+                bench.run(graph, args.threads)
+            errors = {what: bench.error(what) for what in bench.graphs}
+            for what, error in errors.items():
                 # stock sums values up in f16, over thousands of cells
-                errors[what] = check(bench, data, what)
-                assert errors[what] < (1e-6 if what == "dense" else 1e-2), f"{what}: {errors[what]}"
-        for budget in map(int, args.budgets.split(",")):
-            if budget > n_cells:
-                continue
-            with Bench(n_cells, data, "select", budget) as bench:
-                bench.pages_read = budget // PAGE
-                times["select"] = bench.time(args.threads, args.seconds)
-                errors["select"] = check(bench, data, "select")
-                assert errors["select"] < 1e-6
-            stock = min(times["flash"], times["plain"])
+                assert error < (1e-2 if what in ("flash", "plain") else 1e-6), f"{what}: {error}"
+            times = bench.times(args.threads, args.seconds)
+        stock = min(times["flash"], times["plain"])
+        for budget in budgets:
             moved = 2 * SIZE * N_HEAD_KV * (2 * budget + 2 * n_cells // PAGE)  # K, V and summaries
-            rows.append({"cells": n_cells, "budget": budget, **{f"{k}_ms": 1e3 * v for k, v in times.items()},
-                         "of_dense": times["select"] / times["dense"], "of_stock": times["select"] / stock,
-                         **{f"{k}_nmse": float(v) for k, v in errors.items()}, "bound": moved / (4 * SIZE * N_HEAD_KV * n_cells), "gb_per_s": moved / times["select"] / 1e9})
+            names = {"flash": "flash", "plain": "plain", "dense": "dense", "select": budget}
+            rows.append({"cells": n_cells, "budget": budget, **{f"{k}_ms": 1e3 * times[v] for k, v in names.items()},
+                         "of_dense": times[budget] / times["dense"], "of_stock": times[budget] / stock,
+                         **{f"{k}_nmse": float(errors[v]) for k, v in names.items()},
+                         "bound": moved / (4 * SIZE * N_HEAD_KV * n_cells), "gb_per_s": moved / times[budget] / 1e9})
             print(rows[-1], file=sys.stderr)
 
     about = {"edgekv": __version__, "bindings": "llama-cpp-python 0.3.36", "cpu_variant": native.cpu_variant(),

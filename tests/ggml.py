@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 
 import numpy as np
 
@@ -42,6 +43,8 @@ _new_graph = _bind(_base, "ggml_new_graph", _p, _p)
 _expand = _bind(_base, "ggml_build_forward_expand", None, _p, _p)
 _alloc = _bind(_base, "ggml_backend_alloc_ctx_tensors", _p, _p, _p)
 _buffer_free = _bind(_base, "ggml_backend_buffer_free", None, _p)
+_buffer_base = _bind(_base, "ggml_backend_buffer_get_base", _p, _p)
+_buffer_size = _bind(_base, "ggml_backend_buffer_get_size", _size, _p)
 _set = _bind(_base, "ggml_backend_tensor_set", None, _p, _p, _size, _size)
 _get = _bind(_base, "ggml_backend_tensor_get", None, _p, _p, _size, _size)
 _compute = _bind(_base, "ggml_backend_graph_compute", _i32, _p, _p)
@@ -79,8 +82,8 @@ def row_bytes(kind: str, n: int) -> int:
 class Graph:
     """Tensors first, then operators, then one :meth:`compute`. A tensor is an opaque handle."""
 
-    def __init__(self):
-        size = 64 * _tensor_overhead() + _graph_overhead()
+    def __init__(self, n_tensors: int = 64, n_graphs: int = 1):
+        size = n_tensors * _tensor_overhead() + n_graphs * _graph_overhead()
         self._ctx = _init(_InitParams(size, None, True))
         self._buffer = None
         self._data: list[tuple[int, np.ndarray]] = []
@@ -105,16 +108,31 @@ class Graph:
     def op(self, name: str, *arguments) -> int:
         return _CONSTRUCTORS[name](self._ctx, *arguments)
 
-    def compute(self, *nodes: int, n_threads: int = 1) -> None:
-        graph = self._graph = _new_graph(self._ctx)
+    def graph(self, *nodes: int) -> int:
+        graph = _new_graph(self._ctx)
         for node in nodes:
             assert _supports(_backend, node)
             _expand(graph, node)
+        return graph
+
+    def allocate(self, *, huge_pages: bool = False) -> None:
+        """Room for all tensors, filled with their data. ``huge_pages``: if the system has them, as selection asks for."""
         self._buffer = _alloc(self._ctx, _backend)
+        if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+            page, base, size = mmap.PAGESIZE, _buffer_base(self._buffer), _buffer_size(self._buffer)
+            begin, end = -(-base // page) * page, (base + size) // page * page
+            ctypes.CDLL(None).madvise(_p(begin), _size(end - begin), mmap.MADV_HUGEPAGE)
         for handle, data in self._data:
             _set(handle, data.ctypes.data, 0, data.nbytes)
+
+    def run(self, graph: int, n_threads: int = 1) -> None:
         _set_n_threads(_backend, n_threads)
         assert _compute(_backend, graph) == 0
+
+    def compute(self, *nodes: int, n_threads: int = 1) -> None:
+        graph = self.graph(*nodes)
+        self.allocate()
+        self.run(graph, n_threads)
 
     def read(self, tensor: int, dtype, shape: tuple[int, ...]) -> np.ndarray:
         """A contiguous tensor as an array, ``shape`` slowest first."""

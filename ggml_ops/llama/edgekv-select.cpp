@@ -11,6 +11,30 @@
 #include <algorithm>
 #include <stdexcept>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+// Chosen pages lie far apart in memory, and with 4 KiB pages of the system most of them miss the TLB. Called before
+// anything is stored: the memory is given back and comes again, in huge pages if the system has them.
+static void ask_for_huge_pages(ggml_backend_buffer_t buf) {
+#ifdef __linux__
+    if (!ggml_backend_buffer_is_host(buf)) {
+        return;
+    }
+    const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t) ggml_backend_buffer_get_base(buf) + page - 1)/page*page;
+    const uintptr_t end   = ((uintptr_t) ggml_backend_buffer_get_base(buf) + ggml_backend_buffer_get_size(buf))/page*page;
+
+    if (begin < end && madvise((void *) begin, end - begin, MADV_HUGEPAGE) == 0 && madvise((void *) begin, end - begin, MADV_DONTNEED) == 0) {
+        ggml_backend_buffer_clear(buf, 0);
+    }
+#else
+    GGML_UNUSED(buf);
+#endif
+}
+
 llama_edgekv_selector::llama_edgekv_selector(
         llama_kv_cache & kv,
         const llama_cparams & cparams,
@@ -25,6 +49,10 @@ llama_edgekv_selector::llama_edgekv_selector(
 
     allocate();
     check_devices();
+
+    for (const auto & [_, buf] : kv.ctxs_bufs) {
+        ask_for_huge_pages(buf.get());
+    }
 
     ggml_context_ptr ctx = graph_context();
     ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size());
