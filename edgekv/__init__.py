@@ -1,4 +1,4 @@
-"""Long contexts for local language models: a KV cache that is evicted by Q-Filter score.
+"""Long contexts for local language models: a KV cache that is evicted by Q-Filter score and selected from by page.
 
 Importing this package points the published ``llama_cpp`` bindings at the patched runtime in ``edgekv/lib``.
 """
@@ -7,7 +7,7 @@ from edgekv import _runtime
 from edgekv.errors import EdgekvError
 
 __version__ = "0.1.0"
-__all__ = ["EdgekvError", "EvictionSettings", "Llama", "QFilters", "__version__"]
+__all__ = ["EdgekvError", "EvictionSettings", "Llama", "QFilters", "SelectionSettings", "__version__"]
 
 _runtime.prepare()
 
@@ -18,10 +18,10 @@ def __getattr__(name: str):
         from edgekv.llama import Llama
 
         return Llama
-    if name == "EvictionSettings":
-        from edgekv.settings import EvictionSettings
+    if name in ("EvictionSettings", "SelectionSettings"):
+        from edgekv import settings
 
-        return EvictionSettings
+        return getattr(settings, name)
     if name == "QFilters":
         from edgekv.filters import QFilters
 

@@ -45,7 +45,7 @@ from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.llama import load_filters
 from edgekv.session import CACHE_TYPES, Session, default_threads
-from edgekv.settings import EvictionSettings
+from edgekv.settings import EvictionSettings, SelectionSettings
 
 import llama_cpp
 
@@ -57,6 +57,7 @@ class Setting:
     """What one run measures; ``depth`` is the number of tokens in the context before the tests."""
 
     eviction: EvictionSettings
+    selection: SelectionSettings
     depth: int
     flash_attn: bool
     type_k: str
@@ -80,6 +81,8 @@ class Setting:
     def __str__(self) -> str:
         e = self.eviction
         policy = e.policy if e.policy == "none" else f"{e.policy} {e.budget}"
+        if self.selection.needs_flash_attention:
+            policy += f", --kv-select {self.selection}"
         return (f"{policy}, -fa {'on' if self.flash_attn else 'off'}, -ctk {self.type_k}, -ctv {self.type_v}, "
                 f"-t {self.n_threads}, -ub {self.n_ubatch}, -d {self.depth}")
 
@@ -91,6 +94,11 @@ def plan(
     kv_budget: Sequence[str | int] = (),
     kv_window: int | None = None,
     keep: int | None = None,
+    kv_select: Sequence[str] = ("none",),
+    kv_select_budget: Sequence[str | int] = (),
+    kv_page_size: Sequence[int] = (),
+    kv_dense_layers: int | None = None,
+    kv_grouped_attn: Sequence[bool] = (False,),
     depths: Sequence[int] = (0,),
     flash_attn: Sequence[bool] = (True,),
     types_k: Sequence[str] = ("f16",),
@@ -99,7 +107,8 @@ def plan(
     n_ubatch: Sequence[int] = (512,),
     n_gpu_layers: Sequence[int] = (0,),
 ) -> list[Setting]:
-    """Every combination once; ``none`` has no budget, so there is one of it however many budgets there are.
+    """Every combination once; ``none`` has no budget, so there is one of it however many budgets there are. Selection
+    needs flash attention, so there is none of it with ``off``.
 
     A budget such as ``x8`` is a share of the depth.
 
@@ -115,6 +124,16 @@ def plan(
             if name not in _FLOAT_TYPES:
                 raise EdgekvError(f"-ctv {name}: a quantised V needs flash attention, drop off from -fa")
 
+    selections = dict.fromkeys(
+        SelectionSettings.resolve(method, *((None, None, None) if method == "none" else (budget, size, kv_dense_layers)), grouped)
+        for method, budget, size, grouped in product(kv_select, kv_select_budget or (None,), kv_page_size or (None,),
+                                                     kv_grouped_attn)
+    )
+    if kv_select_budget and "quest" not in kv_select:
+        SelectionSettings.resolve("none", kv_select_budget[0])  # says what is wrong
+    if any(s.needs_flash_attention for s in selections) and not any(flash_attn):
+        raise EdgekvError("--kv-select quest and --kv-grouped-attn need flash attention: add on to -fa")
+
     settings = []
     for policy, budget, depth, fa, tk, tv, t, ub, ngl in product(
         kv_evict, kv_budget or (None,), depths, flash_attn, types_k, types_v, n_threads or (default_threads(),),
@@ -122,7 +141,8 @@ def plan(
     ):
         per_token = gguf.kv_bytes_per_token(*(native.type_block(CACHE_TYPES[name]) for name in (tk, tv))) or 0
         eviction = EvictionSettings.resolve(policy, budget, kv_window, keep, n_ctx=depth, bytes_per_token=per_token)
-        settings.append(Setting(eviction, depth, fa, tk, tv, t, ub, ngl))
+        settings += [Setting(eviction, selection, depth, fa, tk, tv, t, ub, ngl) for selection in selections
+                     if fa or not selection.needs_flash_attention]
     if "qfilters" in kv_evict:
         load_filters(gguf)
     return list(dict.fromkeys(settings))
@@ -155,9 +175,10 @@ def bench(
 
     checks: dict[str, Setting] = {}
     for s in settings:
-        if s.eviction.policy != "none":
+        if s.eviction.policy != "none" or s.selection.needs_flash_attention:
             # the check's context is as small as it can be: the depth does not matter
-            checks.setdefault(json.dumps([asdict(s.eviction), s.flash_attn, s.type_k, s.type_v, s.n_gpu_layers]), s)
+            checks.setdefault(json.dumps([asdict(s.eviction), asdict(s.selection), s.flash_attn, s.type_k, s.type_v,
+                                          s.n_gpu_layers]), s)
     for i, s in enumerate(checks.values()):
         report(f"check {i + 1} of {len(checks)}: {s}")
         _in_worker("check", gguf, s)
@@ -179,8 +200,13 @@ def bench(
     return rows
 
 
+_COUNTS = ("n_selections", "pages_read", "pages_total", "bytes_read")
+_TIMES = ("summarize", "scores", "choice", "attn", "dense")  # of our operators, per token
+
+
 def _rows(gguf: GGUF, s: Setting, runs: list[dict[str, Any]], mem_gb_s: float | None) -> list[dict[str, Any]]:
-    e, first = s.eviction, runs[0]
+    e, q, first = s.eviction, s.selection, runs[0]
+    selects = q.method != "none"
     weights = weight_bytes(gguf)
     cell = (first["k_bytes"] + first["v_bytes"]) / first["cells_allocated"]
     rows = []
@@ -190,6 +216,11 @@ def _rows(gguf: GGUF, s: Setting, runs: list[dict[str, Any]], mem_gb_s: float | 
         evict_s = [t["evict_us"] / 1e6 for t in tests]
         t_s = statistics.fmean(speeds)
         decodes = test["test"].startswith("tg")
+        steps = test["n_selections"]
+        # what steps must read of the cache; where they select, all of it in the dense layers only
+        kv_read = cell * test["cells_mean"]
+        if steps == test["n_tokens"]:
+            kv_read = kv_read * first["dense_share"] + test["bytes_read"] / steps
         rows.append({
             "model": gguf.path.name,
             "model_type": first["model_type"],
@@ -207,7 +238,11 @@ def _rows(gguf: GGUF, s: Setting, runs: list[dict[str, Any]], mem_gb_s: float | 
             "kv_budget": None if e.policy == "none" else e.budget,
             "kv_window": None if e.policy == "none" else e.window,
             "keep": None if e.policy == "none" else e.keep,
-            "kv_select": "none",
+            "kv_select": q.method,
+            "kv_select_budget": (q.budget or "auto") if selects else None,
+            "kv_page_size": q.page_size if selects else None,
+            "kv_dense_layers": q.dense_layers if selects else None,
+            "kv_grouped_attn": q.grouped_attention,
             "depth": s.depth,
             "test": test["test"],
             "t_s": t_s,
@@ -224,8 +259,16 @@ def _rows(gguf: GGUF, s: Setting, runs: list[dict[str, Any]], mem_gb_s: float | 
             "n_evictions": test["n_evictions"],
             "evict_ms": statistics.fmean(evict_s) * 1e3,
             "evict_share": statistics.fmean(x / t["seconds"] for x, t in zip(evict_s, tests)),
-            # what a step must read at the least, weights once and every cached token once, per second
-            "gb_s": (weights + cell * test["cells_mean"]) * t_s / 1e9 if decodes else None,
+            "summary_bytes": first["summary_bytes"],
+            "n_selections": steps,
+            # of one step: pages over all layers that are selected from and their KV heads
+            "pages_read": test["pages_read"] / steps if steps else None,
+            "pages_total": test["pages_total"] / steps if steps else None,
+            "bytes_read": test["bytes_read"] / steps if steps else None,
+            **{f"{name}_ms": statistics.fmean(t[f"{name}_us"] for t in tests) / 1e3 / test["n_tokens"]
+               for name in _TIMES},
+            # what a step must read at the least, weights once and the cache once, per second
+            "gb_s": (weights + kv_read) * t_s / 1e9 if decodes else None,
             "mem_gb_s": mem_gb_s,
             "edgekv": edgekv.__version__,
             "llama_cpp_python": _runtime.BINDINGS_VERSION,
@@ -331,7 +374,8 @@ def worker() -> None:
 
     job = json.loads(sys.argv[1])
     raw = job["setting"]
-    setting = Setting(**{**raw, "eviction": EvictionSettings(**raw["eviction"])})
+    setting = Setting(**{**raw, "eviction": EvictionSettings(**raw["eviction"]),
+                         "selection": SelectionSettings(**raw["selection"])})
     try:
         if job["task"] == "check":
             _check(job["model"], setting)
@@ -351,17 +395,20 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _open(model: str, s: Setting, n_ctx: int, eviction: EvictionSettings) -> Session:
+def _open(model: str, s: Setting, n_ctx: int, eviction: EvictionSettings, selection: SelectionSettings) -> Session:
     filters = load_filters(GGUF(model)) if eviction.policy == "qfilters" else None
     return Session(model, n_ctx=n_ctx, n_ubatch=s.n_ubatch, n_threads=s.n_threads, flash_attn=s.flash_attn,
-                   type_k=s.type_k, type_v=s.type_v, n_gpu_layers=s.n_gpu_layers, settings=eviction, filters=filters)
+                   type_k=s.type_k, type_v=s.type_v, n_gpu_layers=s.n_gpu_layers, settings=eviction, filters=filters,
+                   selection=selection)
 
 
 def _check(model: str, s: Setting) -> None:
-    """Check a setting with eviction against what must hold.
+    """Check a setting with eviction or selection against what must hold.
 
     Below the budget the logits have the same bits as without eviction; an eviction leaves exactly the budget, and
-    every head has kept the first and the last tokens. The budget is made smaller than the setting's for speed.
+    every head has kept the first and the last tokens. The budget is made smaller than the setting's for speed. A step
+    that selects reads as many pages as it should, and our attention on the whole cache gives stock's logits but for the
+    rounding of a quantised model's activations.
 
     Raises:
         EdgekvError: naming the setting and what does not hold.
@@ -370,7 +417,11 @@ def _check(model: str, s: Setting) -> None:
         if not holds:
             raise EdgekvError(f"{model}: check failed ({s}): {what}")
 
+    if s.selection.needs_flash_attention:
+        _check_selection(model, s, must)
     e = s.eviction
+    if e.policy == "none":
+        return
     budget = min(e.budget, max(256, e.keep + e.window + 64))
     e = EvictionSettings(e.policy, budget, e.window, e.keep)
     n = budget + 8
@@ -384,11 +435,12 @@ def _check(model: str, s: Setting) -> None:
             out.append(session.decode(tokens[i : i + 1], i, logits="last"))
         return out
 
-    with _open(model, s, budget + s.n_ubatch, EvictionSettings()) as session:
+    off = SelectionSettings("none")
+    with _open(model, s, budget + s.n_ubatch, EvictionSettings(), off) as session:
         tokens = _tokens(session, n + 1)
         want = logits(session)
         must(all(np.isfinite(x).all() for x in want), "the model gives NaN or infinite logits")
-    with _open(model, s, budget + s.n_ubatch + 256, e) as session:
+    with _open(model, s, budget + s.n_ubatch + 256, e, off) as session:
         got = logits(session)
         must(all(a.tobytes() == b.tobytes() for a, b in zip(want, got)),
              "below the budget the logits differ from none's")
@@ -411,6 +463,27 @@ def _check(model: str, s: Setting) -> None:
              "NaN or infinite logits after an eviction")
 
 
+def _check_selection(model: str, s: Setting, must: Callable[[Any, str], None]) -> None:
+    q = s.selection
+    page, n = q.page_size, 512
+    few = SelectionSettings(q.method, 4 * page, page, q.dense_layers)  # pages, however large the setting's budget
+    got = {}
+    for name, selection in (("none", SelectionSettings("none")), ("all", SelectionSettings("none", grouped_attention=True)),
+                            ("covered", SelectionSettings(q.method, n + page, page, q.dense_layers)), ("few", few)):
+        with _open(model, s, n, EvictionSettings(), selection) as session:
+            tokens = _tokens(session, n)
+            session.read(tokens[:-1])
+            got[name] = session.decode(tokens[-1:], n - 1, logits="last")
+            stats, n_heads = session.stats(), sum(layer.n_head_kv for layer in session.layers() if layer.il >= q.dense_layers)
+    must(got["none"].tobytes() == got["covered"].tobytes(), "where the budget covers the cache the logits differ from none's")
+    error = float(((got["all"] - got["none"]) ** 2).sum() / (got["none"] ** 2).sum())
+    must(error < 0.02, f"attention on the whole cache: the logits' normalised squared error to stock's is {error}")
+    if q.method != "none":
+        must(stats.pages_read == 4 * n_heads and stats.pages_total == n // page * n_heads,
+             f"{stats.pages_read} of {stats.pages_total} pages were read, not {4 * n_heads} of {n // page * n_heads}")
+        must(np.isfinite(got["few"]).all(), "NaN or infinite logits where pages are selected")
+
+
 def _run(model: str, s: Setting, n_gen: list[int], n_prompt: list[int]) -> dict[str, Any]:
     """One run: warm up, fill the context, decode, read prompts."""
     tests = [(f"tg{n}", s.tokens(n, False), 1) for n in n_gen] + [(f"pp{n}", s.tokens(n, True), n) for n in n_prompt]
@@ -418,7 +491,7 @@ def _run(model: str, s: Setting, n_gen: list[int], n_prompt: list[int]) -> dict[
     n_ctx = s.depth + (sum(behind) if s.evicts else max(behind))
 
     result: dict[str, Any] = {"test_time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")}
-    with _open(model, s, n_ctx, s.eviction) as session:
+    with _open(model, s, n_ctx, s.eviction, s.selection) as session:
         sequence = _Sequence(session, s, _tokens(session, n_ctx))
         sequence.measure("", min(64, n_ctx), s.n_ubatch)
         sequence.clear()
@@ -434,8 +507,10 @@ def _run(model: str, s: Setting, n_gen: list[int], n_prompt: list[int]) -> dict[
                 sequence.go_back(s.depth)
             done.append(sequence.measure(name + at_depth, n, batch))
 
-        stats = session.stats()
+        stats, layers = session.stats(), session.layers()
         result |= {
+            "dense_share": statistics.fmean(layer.il < s.selection.dense_layers for layer in layers),
+            "summary_bytes": stats.summary_bytes,
             "tests": done,
             "cells_allocated": stats.cells_allocated,
             "k_bytes": stats.k_bytes,
@@ -514,6 +589,7 @@ class _Sequence:
             "n_evictions": self.n_evictions - first,
             "cells_used": after.cells_used,
             "cells_mean": cells / n,
+            **{name: getattr(after, name) - getattr(before, name) for name in (*_COUNTS, *(f"{t}_us" for t in _TIMES))},
         }
 
     def _count(self, n: int) -> None:

@@ -1,4 +1,4 @@
-"""``edgekv.Llama``: the bindings' ``Llama`` on a KV cache that can be evicted."""
+"""``edgekv.Llama``: the bindings' ``Llama`` on a KV cache that can be evicted and selected from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgekv.checkpoints import Checkpoint, Checkpoints, common_prefix
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.memory import available_bytes
-from edgekv.settings import EvictionSettings
+from edgekv.settings import EvictionSettings, SelectionSettings
 
 import llama_cpp
 
@@ -27,7 +27,7 @@ _MIB = 1 << 20
 
 
 class Llama(llama_cpp.Llama):
-    """``llama_cpp.Llama`` with eviction; every argument of it keeps its meaning.
+    """``llama_cpp.Llama`` with eviction and selection; every argument of it keeps its meaning.
 
     ``n_ctx`` is the context that can be filled, not the cells that are allocated: with ``kv_evict`` in the default
     mode the cache holds ``kv_budget + n_ubatch`` tokens per KV head, however long the context.
@@ -43,6 +43,8 @@ class Llama(llama_cpp.Llama):
         keep: first tokens, always kept (default 4).
         kv_evict_mode: ``bounded`` evicts by itself; ``prompt`` only when :meth:`evict` is called, and saves no memory.
         qfilters: filters to use instead of those in the model's file.
+        selection: what a decode step reads of the cache: ``"none"``, ``"quest"`` or :class:`SelectionSettings`. It needs
+            flash attention, which is turned on then.
         cache_ram: MiB for checkpoints, 0: none (default a quarter of the free memory, at most 8192).
 
     Attributes:
@@ -67,6 +69,7 @@ class Llama(llama_cpp.Llama):
         keep: int | None = None,
         kv_evict_mode: str = "bounded",
         qfilters: qfilters_module.QFilters | None = None,
+        selection: SelectionSettings | str = "none",
         cache_ram: int | None = None,
         n_ctx: int = 512,
         verbose: bool = False,
@@ -84,6 +87,9 @@ class Llama(llama_cpp.Llama):
             bytes_per_token=_bytes_per_token(gguf, kv_budget, kwargs.get("type_k"), kwargs.get("type_v")),
         )
         self.filters = load_filters(gguf, qfilters) if self.eviction.policy == "qfilters" else None
+        self.selection = SelectionSettings.resolve(selection) if isinstance(selection, str) else selection
+        if self.selection.needs_flash_attention and not kwargs.setdefault("flash_attn", True):
+            raise EdgekvError("selection needs flash attention: drop flash_attn=False")
 
         if cache_ram is None:
             cache_ram = min(8192, (available_bytes() or 0) // 4 // _MIB)
@@ -99,7 +105,7 @@ class Llama(llama_cpp.Llama):
 
         if not verbose:
             session.silence()
-        native.set_next(self.eviction, self.filters)
+        native.set_next(self.eviction, self.filters, self.selection)
         try:
             super().__init__(model_path, n_ctx=n_ctx, verbose=verbose, **kwargs)
         except ValueError as error:
@@ -114,7 +120,7 @@ class Llama(llama_cpp.Llama):
     # --- the cache ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> native.CacheStats:
-        """Figures of the KV cache: cells, tokens seen, evictions, bytes."""
+        """Figures of the KV cache: cells, tokens seen, evictions, bytes, what selection read and how long it took."""
         return native.stats(self.ctx)
 
     def evict(self, budget: int = 0) -> int:

@@ -65,6 +65,15 @@ class Switches(Words):
 @click.option("--kv-window", type=click.IntRange(min=0), metavar="N",
               help="Last tokens, always kept [default: min(256, budget / 4)].")
 @click.option("--keep", type=click.IntRange(min=0), metavar="N", help="First tokens, always kept [default: 4].")
+@click.option("--kv-select", type=Words(), default="none", show_default=True, metavar="LIST",
+              help="Selections: none, quest; only with -fa on.")
+@click.option("--kv-select-budget", type=Words(), metavar="LIST",
+              help="Tokens read per step by quest, or auto [default: auto].")
+@click.option("--kv-page-size", type=Numbers(1), metavar="LIST", help="Tokens per page [default: 16].")
+@click.option("--kv-dense-layers", type=click.IntRange(min=0), metavar="N",
+              help="First layers that read the whole cache [default: 2].")
+@click.option("--kv-grouped-attn", type=Switches(), default="off", show_default=True, metavar="LIST",
+              help="Our attention kernel where nothing is selected: on, off; only with -fa on.")
 @click.option("-d", "--n-depth", "depths", type=Numbers(0), default="0", show_default=True, metavar="LIST",
               help="Tokens in the context before the tests.")
 @click.option("-n", "--n-gen", "n_gen", type=Numbers(0), default="128", show_default=True, metavar="LIST",
@@ -167,12 +176,17 @@ _COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str], bool, str | None]] = 
     ("fa", lambda r: "on" if r["flash_attn"] else "off", True, None),
     ("kv_evict", lambda r: r["kv_evict"], False, None),
     ("kv_budget", lambda r: "-" if r["kv_budget"] is None else str(r["kv_budget"]), True, None),
+    ("kv_select", lambda r: r["kv_select"], False, "none"),
+    ("select_budget", lambda r: "-" if r["kv_select_budget"] is None else str(r["kv_select_budget"]), True, "-"),
+    ("page", lambda r: "-" if r["kv_page_size"] is None else str(r["kv_page_size"]), True, "-"),
+    ("grouped", lambda r: "on" if r["kv_grouped_attn"] else "off", True, "off"),
     ("test", lambda r: r["test"], True, None),
     ("t/s", lambda r: f"{r['t_s']:.2f} ± {r['t_s_sd']:.2f}", True, None),
     ("cells", lambda r: f"{r['cells_mean']:.0f}", True, None),
     ("KV", lambda r: format_bytes(r["kv_bytes"]), True, None),
     ("peak RSS", lambda r: format_bytes(r["peak_rss_bytes"]), True, None),
     ("evicting", lambda r: f"{100 * r['evict_share']:.2f} %" if r["n_evictions"] else "-", True, "-"),
+    ("pages read", lambda r: f"{100 * r['pages_read'] / r['pages_total']:.1f} %" if r["pages_read"] else "-", True, "-"),
     ("GB/s", lambda r: "-" if r["gb_s"] is None else f"{r['gb_s']:.2f}", True, "-"),
     ("memory GB/s", lambda r: "-" if r["mem_gb_s"] is None else f"{r['mem_gb_s']:.2f}", True, "-"),
 ]

@@ -11,7 +11,7 @@ import click
 from edgekv.cli.common import format_bytes
 from edgekv.cli.talk import read_text, say
 from edgekv.errors import EdgekvError
-from edgekv.settings import POLICIES, parse_budget
+from edgekv.settings import PAGE_SIZES, POLICIES, SELECTIONS, SelectionSettings, parse_budget
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
@@ -49,6 +49,18 @@ _eviction_options = [
     rare("--keep", type=int, metavar="N", help="First tokens, always kept [default: the system prompt, else 4]."),
     rare("-cram", "--cache-ram", type=click.IntRange(min=0), metavar="MIB",
          help="Checkpoints to go back to, 0: none [default: a quarter of the free memory, at most 8192]."),
+]
+
+_selection_options = [
+    click.option("--kv-select", type=click.Choice(SELECTIONS), default="none", show_default=True,
+                 help="Which cached tokens a decode step reads. quest: the pages that look likeliest, faster."),
+    click.option("--kv-select-budget", metavar="N|auto",
+                 help="Tokens read per step [default: auto, an eighth of the cached ones, at least 512]."),
+    rare("--kv-page-size", type=click.Choice([str(n) for n in PAGE_SIZES]), help="Tokens per page [default: 16]."),
+    rare("--kv-dense-layers", type=click.IntRange(min=0), metavar="N",
+         help="First layers that read the whole cache [default: 2]."),
+    rare("--kv-grouped-attn", is_flag=True,
+         help="Read the whole cache with our attention kernel too where nothing is selected."),
 ]
 
 _context_options = [
@@ -93,7 +105,7 @@ _grammar_options = [
 
 def context_options(function: Callable) -> Callable:
     """Adds the options of a context; the command gets them as keyword arguments for :func:`open_llama`."""
-    return _apply([*_eviction_options, *_context_options, _help_all_option], function)
+    return _apply([*_eviction_options, *_selection_options, *_context_options, _help_all_option], function)
 
 
 def sampling_options(function: Callable) -> Callable:
@@ -151,6 +163,11 @@ def open_llama(
     kv_budget: str | None,
     kv_window: int | None,
     keep: int | None,
+    kv_select: str,
+    kv_select_budget: str | None,
+    kv_page_size: str | None,
+    kv_dense_layers: int | None,
+    kv_grouped_attn: bool,
     n_ctx: int,
     n_threads: int | None,
     n_gpu_layers: int,
@@ -175,13 +192,21 @@ def open_llama(
         raise EdgekvError(f"-ctv {type_v}: a quantised V needs flash attention, drop -fa off")
     if kv_evict == "none" and kv_budget is not None:
         raise EdgekvError("--kv-budget says what an eviction keeps, but --kv-evict none evicts nothing: drop one of them")
+    selection = SelectionSettings.resolve(kv_select, kv_select_budget, kv_page_size and int(kv_page_size),
+                                          kv_dense_layers, kv_grouped_attn)
+    if selection.needs_flash_attention:
+        if flash_attn == "off":
+            flag = "--kv-select quest" if kv_select != "none" else "--kv-grouped-attn"
+            raise EdgekvError(f"{flag} needs flash attention: drop -fa off")
+        flash_attn = "on"
     if kv_evict == "auto":
-        kv_evict, kv_budget = _auto(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch)
+        kv_evict, kv_budget = _auto(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch, selection)
 
     threads = n_threads or default_threads()
     llama = Llama(
         model,
         qfilters=filters_for(model, n_threads=threads, say=say) if kv_evict == "qfilters" else None,
+        selection=selection,
         cache_ram=cache_ram,
         seed=secrets.randbits(32),  # the bindings' own default is a fixed one
         kv_evict=kv_evict,
@@ -202,7 +227,8 @@ def open_llama(
     return llama
 
 
-def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int) -> tuple[str, str | None]:
+def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int,
+          selection: SelectionSettings) -> tuple[str, str | None]:
     """What ``--kv-evict auto`` means here: a budget asks for eviction, otherwise the free memory decides."""
     from edgekv import native
     from edgekv.llama import window_layers
@@ -214,7 +240,10 @@ def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubat
     per_token = gguf.kv_bytes_per_token(*blocks, without=windows) or 0
     if budget is None:
         free = available_bytes()
-        full = (gguf.kv_bytes_per_token(*blocks) or 0) * n_ctx
+        # a page's summary is as large as one token in f16
+        summaries = 0 if selection.method == "none" else (gguf.kv_bytes_per_token((1, 2), (1, 2)) or 0) // selection.page_size
+        per_token += summaries
+        full = ((gguf.kv_bytes_per_token(*blocks) or 0) + summaries) * n_ctx
         # the model's pages and the compute buffers want room too
         room = None if free is None else max(0, free - gguf.size) * 4 // 5
         if room is None or full <= room:
