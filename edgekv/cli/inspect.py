@@ -6,9 +6,12 @@ import json
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from edgekv.cli.common import format_bytes, model_option
+from edgekv.cli.talk import read_text
 from edgekv.errors import EdgekvError
+from edgekv.settings import PAGE_SIZES, SelectionSettings
 
 # cache type -> (elements, bytes) of a block
 CACHE_TYPES = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
@@ -21,9 +24,34 @@ UBATCH = 512  # llama.cpp's default
 @click.option("--kv-budget", "budget", default="x8", show_default=True, metavar="N|xN|SIZE",
               help="Budget to compare with: tokens, a fraction of the context, or bytes (of an f16 cache).")
 @click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=1), help="Context [default: the trained one].")
+@click.option("--attention", is_flag=True,
+              help="Instead: the share of the attention that the pages hold which --kv-select quest reads.")
+@click.option("-f", "--file", metavar="FILE", type=click.Path(), help="The text for --attention; - is standard input.")
+@click.option("--kv-select-budget", metavar="N|auto",
+              help="With --attention: tokens read per step [default: auto, as in edgekv run].")
+@click.option("--kv-page-size", type=click.Choice([str(n) for n in PAGE_SIZES]),
+              help="With --attention: tokens per page [default: 16].")
+@click.option("--kv-dense-layers", type=click.IntRange(min=0), metavar="N",
+              help="With --attention: first layers that read the whole cache and are not judged [default: 0].")
+@click.option("--length", type=click.IntRange(min=2), metavar="N",
+              help="With --attention: tokens of the text [default: all, at most 4096 and the trained context].")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N",
+              help="With --attention: the last tokens, whose choices are judged [default: 64].")
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def inspect(model: str, budget: str, n_ctx: int | None, output: str) -> None:
+def inspect(model: str, budget: str, n_ctx: int | None, output: str, attention: bool, **options: Any) -> None:
     """Show MODEL's Q-Filters and what its KV cache costs."""
+    if attention:
+        for name, flag in (("budget", "--kv-budget"), ("n_ctx", "--ctx-size")):
+            if click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{flag} is not for --attention: drop one of them")
+        if options["file"] is None:
+            raise click.UsageError("--attention needs a text: -f FILE")
+        _print_attention(model, output, **options)
+        return
+    for name, value in options.items():
+        if value is not None:
+            flag = "-f" if name == "file" else f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{flag} is for --attention: add it or drop {flag}")
     facts = describe(model, n_ctx, budget)
     if output == "json":
         click.echo(json.dumps(facts, indent=2))
@@ -126,3 +154,76 @@ def _print(facts: dict[str, Any]) -> None:
                        f"{format_bytes(m['budget_kv_bytes'][name]):>18}")
     if isinstance(facts["sliding_window"], int) and facts["sliding_window"]:
         click.echo("layers with a sliding window are counted like the others; they cost less")
+
+
+def _print_attention(model: str, output: str, *, file: str, kv_select_budget: str | None, kv_page_size: str | None,
+                     kv_dense_layers: int | None, length: int | None, steps: int | None) -> None:
+    selection = SelectionSettings.resolve("quest", kv_select_budget, kv_page_size and int(kv_page_size),
+                                          kv_dense_layers or 0)
+    text = read_text("-f", file)
+    if not text.strip():
+        raise EdgekvError(f"-f {file}: the text is empty")
+
+    from edgekv.attention import N_STEPS, measure
+
+    found = measure(model, text, selection, length=length, n_steps=steps or N_STEPS, progress=True,
+                    source=f"-f {file}")
+    if output == "json":
+        click.echo(json.dumps(_attention_facts(model, file, found), indent=2))
+    else:
+        _print_shares(found)
+
+
+def _attention_facts(model: str, file: str, found) -> dict[str, Any]:
+    names = ("held", "best", "window")
+    columns = [getattr(found, name) for name in names]
+    return {
+        "model": model,
+        "text": file,
+        **{name: getattr(found, name) for name in ("n_tokens", "n_steps", "n_selecting", "budget", "page_size",
+                                                   "pages_read", "pages_total")},
+        "mean": {name: _mean(column) for name, column in zip(names, columns)},
+        # a list per layer, one number per KV head; NaN stands for heads that this layer does not have
+        "layers": [{"layer": il, **{name: [float(x) for x in column[i] if x == x]
+                                    for name, column in zip(names, columns)}} for i, il in enumerate(found.layers)],
+    }
+
+
+def _mean(values) -> float:
+    values = values[values == values]
+    return float(values.mean())
+
+
+def _print_shares(found) -> None:
+    percent = 100 * found.pages_read / found.pages_total
+    click.echo(f"{found.n_tokens:,} tokens, the last {found.n_steps:,} read as decode steps; budget {found.budget:,} "
+               f"tokens, {percent:.1f} % of the pages of {found.page_size} were read")
+    if found.n_selecting < found.n_steps:
+        click.echo(f"in {found.n_steps - found.n_selecting:,} of {found.n_steps:,} steps the budget covered the cache: "
+                   "all was read, and everything is held")
+    click.echo("share of the attention that the pages read hold / that the best choice of as many would hold; "
+               "window: the\nfirst page and the newest ones, as many")
+    click.echo()
+
+    n_heads = found.held.shape[1]
+    many = n_heads > 8
+
+    def pair(held, best) -> str:
+        return f"{_mean(held):.3f}/{_mean(best):.3f}" if (held == held).any() else "-"
+
+    def row(label: object, held, best, window) -> None:
+        if many:
+            least = held == held[held == held].min()
+            columns = [pair(held[least][:1], best[least][:1])]
+        else:
+            columns = [pair(held[:, h], best[:, h]) for h in range(n_heads)]
+        line(label, *columns, pair(held, best), f"{_mean(window):.3f}")
+
+    def line(label: object, *columns: str) -> None:
+        click.echo(f"{label:<6}" + "".join(f"{column:>15}" for column in columns))
+
+    line("layer", *(["least KV head"] if many else [f"KV head {h}" for h in range(n_heads)]), "mean", "window")
+    shares = (found.held, found.best, found.window)
+    for i, il in enumerate(found.layers):
+        row(il, *(share[i : i + 1] for share in shares))
+    row("all", *shares)
