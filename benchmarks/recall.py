@@ -6,7 +6,8 @@ Needs the package `gguf` (`pip install '.[test]'`). A model reads a text densely
 decode steps whose queries are kept. For each of them Quest's choice is made in NumPy, for any number of pages, from the
 stored keys: pages ranked by their bound, the first and the newest always read. So all budgets are compared on the same
 queries. `auto` is the runtime's rule; each rule is set against the fixed budget that reads as much on average over the
-lengths, every length counting the same. Means over layers (without the first two), KV heads and steps.
+lengths, every length counting the same; nobody reads more than there is. Means over layers (without the first two), KV
+heads and steps.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from edgekv.session import Session  # noqa: E402
 DENSE_LAYERS = 2
 RULES = {
     "auto (the runtime's)": lambda n: native.auto_budget(n),
-    "max(256, n / 8)": lambda n: max(256, n / 8),
     "max(512, n / 8)": lambda n: max(512, n / 8),
     "16 sqrt(n)": lambda n: 16 * n**0.5,
 }
@@ -92,6 +92,15 @@ def at_pages(curve: np.ndarray, n: float) -> float:
     return float(np.interp(n, np.arange(len(curve)), curve))
 
 
+def equal_reads(pages: np.ndarray, there: np.ndarray) -> float:
+    """The fixed number of pages that reads as many on average."""
+    wanted, low, high = np.minimum(pages, there).mean(), 0.0, float(there.max())
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.minimum(middle, there).mean() < wanted else (low, middle)
+    return high
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a path, a known name or hf:ORG/REPO/FILE.gguf")
@@ -109,7 +118,7 @@ def main() -> None:
 
     for name, rule in RULES.items():
         pages = [-(-rule(n) // args.page_size) for n in lengths]
-        fixed = float(np.mean(pages))
+        fixed = equal_reads(np.array(pages, float), np.array(lengths) / args.page_size)
         print(f"\n{name}, against {fixed * args.page_size:,.0f} tokens at every length\n")
         print("| context | budget | held by it | held by the fixed one | best possible | best possible, fixed |")
         print("|--:|--:|--:|--:|--:|--:|")
@@ -117,7 +126,7 @@ def main() -> None:
                             for pair, p in zip(found, pages)])[:, [0, 2, 1, 3]]
         for n, p, shares in zip(lengths, pages, columns):
             row(f"{n:,}", f"{p * args.page_size:,.0f}", shares)
-        row("mean", f"{fixed * args.page_size:,.0f}", columns.mean(axis=0))
+        row("mean", "", columns.mean(axis=0))
         row("least", "", columns.min(axis=0))
 
 

@@ -307,7 +307,7 @@ def tap(ctx, i_layer: int, i_head: int, head_size: int) -> tuple[np.ndarray, np.
 
 
 def last_step(ctx, i_layer: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """What the last ubatch did in a cache layer, if it was a decode step (``tap_queries``).
+    """What the last ubatch, of at most 64 tokens, did in a cache layer (``tap_queries``).
 
     Returns:
         The post-RoPE queries, float32 [n_tokens, n_head, head_size], and the pages chosen for them, int32 [n_tokens,

@@ -87,8 +87,8 @@ class SelectionSettings:
 
     Attributes:
         method: one of ``SELECTIONS``; ``quest`` is Quest (arXiv 2406.10774), pages chosen per KV head.
-        budget: tokens read per step and KV head, rounded up to pages; 0: an eighth of the cached tokens, but not less
-            than 512 (``llama_edgekv_auto_budget``).
+        budget: tokens read per step and KV head, rounded up to pages; 0: 768 and a 32nd of the cached tokens
+            (``llama_edgekv_auto_budget``).
         page_size: tokens per page, one of ``PAGE_SIZES``.
         dense_layers: the first layers of the model, which read the whole cache.
         grouped_attention: steps that do not select read the cache with our attention kernel, each row once for all query

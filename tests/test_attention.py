@@ -103,13 +103,14 @@ def test_figures(model, budget, page_size, length, n_steps):
 
 
 def test_all_is_held_where_the_budget_covers_the_cache(model):
-    found = attention.measure(model, TEXT, length=500, n_steps=10, n_threads=1)  # auto: 512
+    selection = SelectionSettings(budget=512, dense_layers=0)
+    found = attention.measure(model, TEXT, selection, length=500, n_steps=10, n_threads=1)
     assert found.n_selecting == 0 and found.budget == 512 and found.pages_read == found.pages_total
     for share in (found.held, found.best, found.window):
         np.testing.assert_allclose(share, 1, atol=1e-12)
 
     # the cache is read in runs of 256 cells: the first step selects nothing, those behind 512 tokens do
-    found = attention.measure(model, TEXT, length=520, n_steps=24, n_threads=1)
+    found = attention.measure(model, TEXT, selection, length=520, n_steps=24, n_threads=1)
     assert found.n_selecting == 8 and found.pages_read < found.pages_total and found.held.min() < 1
 
 

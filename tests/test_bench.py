@@ -150,7 +150,42 @@ def test_a_budget_may_be_a_share_of_the_depth_or_a_size(model):
     assert len({s.depth for s in settings}) == 2
 
 
+def test_selection(model):
+    rows = rows_of(model, "--kv-evict", "none,streaming", "--kv-budget", 300, "--kv-select", "none,quest",
+                   "--kv-select-budget", 64, "--kv-dense-layers", 1, "-d", 600, "-n", 8, "-p", 0, "-r", 1, "-ub", 32,
+                   "-t", 1, "-fa", "on,off")
+    assert [(row["kv_evict"], row["flash_attn"], row["kv_select"]) for row in rows[1::2]] == [
+        (evict, fa, select) for evict in ("none", "streaming") for fa, select in
+        ((True, "none"), (True, "quest"), (False, "none"))]  # selection needs flash attention
+    for row in rows:
+        cells = pad(608 if row["kv_evict"] == "none" else 332)
+        selects = row["kv_select"] == "quest"
+        assert row["summary_bytes"] == (cells // 16 * 2 * 2 * 32 * 2 if selects else 0)  # one layer of two KV heads
+        assert row["kv_bytes"] == cells * CELL + row["summary_bytes"]
+        assert (row["kv_select_budget"], row["kv_page_size"], row["kv_dense_layers"]) == (
+            (64, 16, 1) if selects else (None, None, None))
+        if not row["test"].startswith("tg") or not selects:
+            assert row["n_selections"] == 0 and row["pages_read"] is None and row["attn_ms"] == 0
+            continue
+        assert row["n_selections"] == row["n_tokens"] == (8 if row["kv_evict"] == "none" else 32)
+        assert row["pages_read"] == 4 * 2
+        seen = [600 + i + 1 for i in range(8)] if row["kv_evict"] == "none" else [300 + i + 1 for i in range(32)]
+        assert row["pages_total"] == pytest.approx(sum(-(-n // 16) for n in seen) / len(seen) * 2, abs=0.1)
+        assert row["bytes_read"] == row["pages_read"] * 16 * 32 * 4 + row["pages_total"] * 2 * 32 * 2
+        assert row["scores_ms"] > 0 and row["choice_ms"] > 0 and row["attn_ms"] > 0 and row["dense_ms"] > 0
+
+
+def test_grouped_attention(model):
+    rows = rows_of(model, "--kv-grouped-attn", "on,off", "-d", 40, "-n", 4, "-p", 0, "-r", 1, "-t", 1)
+    assert [(row["kv_grouped_attn"], row["dense_ms"] > 0) for row in rows[1::2]] == [(True, True), (False, False)]
+
+
 @pytest.mark.parametrize("args, why", [
+    (["--kv-select", "frob"], "--kv-select frob"),
+    (["--kv-select", "quest", "--kv-select-budget", "31"], "--kv-select-budget 31"),
+    (["--kv-select", "quest", "--kv-page-size", "12"], "--kv-page-size 12"),
+    (["--kv-select", "quest", "-fa", "off"], "add on to -fa"),
+    (["--kv-select-budget", "64"], "--kv-select-budget is for selection"),
     (["--kv-evict", "none,frob"], "--kv-evict frob"),
     (["--kv-evict", "qfilters"], "--kv-budget"),
     (["--kv-evict", "streaming", "--kv-budget", "0"], "--kv-budget 0"),
@@ -197,8 +232,8 @@ def test_a_failed_check_is_an_error(model, monkeypatch):
     real = bench._open
 
     def wrong(to):
-        def open_(model, s, n_ctx, eviction):
-            return real(model, s, n_ctx, to(eviction) if eviction.policy != "none" else eviction)
+        def open_(model, s, n_ctx, eviction, selection):
+            return real(model, s, n_ctx, to(eviction) if eviction.policy != "none" else eviction, selection)
         return open_
 
     def error(task, *args):
@@ -224,8 +259,8 @@ def test_a_failed_check_is_an_error(model, monkeypatch):
             out.view("u4")[0, 0] ^= 1
         return out
 
-    def marked(model, s, n_ctx, eviction):
-        session = real(model, s, n_ctx, eviction)
+    def marked(model, s, n_ctx, eviction, selection):
+        session = real(model, s, n_ctx, eviction, selection)
         session.eviction_here = eviction.policy != "none"
         return session
 

@@ -10,7 +10,7 @@ from edgekv.convert import convert
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.memory import available_bytes
-from edgekv.settings import EvictionSettings, parse_budget
+from edgekv.settings import EvictionSettings, SelectionSettings, parse_budget
 from process import EDGEKV, python
 from test_cli_errors import edgekv, fails
 from test_filters import random_filters
@@ -68,6 +68,25 @@ def test_standard_input(model):
     assert r.returncode == 0 and r.stdout.strip()
 
 
+def test_selection_is_told_in_the_figures(model):
+    r = edgekv("run", model, "-p", "word " * 100, "-c", "1024", "-n", "20", "--temp", "0", "-t", "1", "--kv-select", "quest",
+               "--kv-select-budget", "32", "--kv-dense-layers", "1")
+    assert r.exit_code == 0 and " of the pages, " in r.stderr, r.output
+    without = edgekv("run", model, "-p", "word " * 100, "-c", "1024", "-n", "20", "--temp", "0", "-t", "1")
+    assert without.exit_code == 0 and "pages" not in without.stderr, without.output
+
+
+def test_llama_turns_flash_attention_on(model):
+    with pytest.raises(EdgekvError, match="drop flash_attn=False"):
+        package.Llama(model, n_ctx=256, selection="quest", flash_attn=False)
+    llama = package.Llama(model, n_ctx=256, n_threads=1, selection=SelectionSettings(budget=32, dense_layers=0))
+    llama.eval([1] * 100)
+    llama.eval([2])
+    stats = llama.stats()
+    assert stats.n_selections == 1 and 0 < stats.pages_read < stats.pages_total
+    assert package.Llama(model, n_ctx=256, n_threads=1).selection.method == "none"
+
+
 @pytest.mark.parametrize(("why", "arguments", "status"), [
     ("no prompt", [], 2),
     ("the prompt is empty", ["-p", " "], 1),
@@ -83,6 +102,15 @@ def test_standard_input(model):
     ("--kv-evict none evicts nothing", ["-p", "x", "--kv-budget", "100", "--kv-evict", "none"], 1),
     ("-ctv q8_0: a quantised V needs flash attention", ["-p", "x", "-ctv", "q8_0", "-fa", "off"], 1),
     ("has no chat template, so -sys cannot be used", ["-p", "x", "-sys", "be brief"], 1),
+    ("'foo' is not one of", ["-p", "x", "--kv-select", "foo"], 2),
+    ("--kv-select-budget 20: must be two pages at least, 32 tokens",
+     ["-p", "x", "--kv-select", "quest", "--kv-select-budget", "20"], 1),
+    ("--kv-select-budget many: give a number of tokens, or auto",
+     ["-p", "x", "--kv-select", "quest", "--kv-select-budget", "many"], 1),
+    ("--kv-select-budget is for selection: add --kv-select quest", ["-p", "x", "--kv-select-budget", "64"], 1),
+    ("--kv-select quest needs flash attention: drop -fa off", ["-p", "x", "--kv-select", "quest", "-fa", "off"], 1),
+    ("--kv-grouped-attn needs flash attention: drop -fa off", ["-p", "x", "--kv-grouped-attn", "-fa", "off"], 1),
+    ("'12' is not one of", ["-p", "x", "--kv-select", "quest", "--kv-page-size", "12"], 2),
     ("exceed context window of 256", ["-p", "word " * 100, "-c", "200"], 1),
 ])
 def test_bad_input(model, why, arguments, status):

@@ -55,7 +55,7 @@ _selection_options = [
     click.option("--kv-select", type=click.Choice(SELECTIONS), default="none", show_default=True,
                  help="Which cached tokens a decode step reads. quest: the pages that look likeliest, faster."),
     click.option("--kv-select-budget", metavar="N|auto",
-                 help="Tokens read per step [default: auto, an eighth of the cached ones, at least 512]."),
+                 help="Tokens read per step [default: auto, 768 and a 32nd of the cached ones]."),
     rare("--kv-page-size", type=click.Choice([str(n) for n in PAGE_SIZES]), help="Tokens per page [default: 16]."),
     rare("--kv-dense-layers", type=click.IntRange(min=0), metavar="N",
          help="First layers that read the whole cache [default: 2]."),

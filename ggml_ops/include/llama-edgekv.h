@@ -40,6 +40,7 @@ enum llama_edgekv_mode {
 };
 
 #define LLAMA_EDGEKV_DECODE_TOKENS 8
+#define LLAMA_EDGEKV_TAP_TOKENS    64
 
 struct llama_edgekv_params {
     uint32_t struct_size; // sizeof(struct llama_edgekv_params) of the caller
@@ -129,8 +130,8 @@ LLAMA_API bool llama_edgekv_set_keep(struct llama_context * ctx, uint32_t n_keep
 // Statistics of one sequence, or of all (seq_id -1). Works for contexts without settings too (floor and evictions 0).
 LLAMA_API bool llama_edgekv_get_stats(struct llama_context * ctx, llama_seq_id seq_id, struct llama_edgekv_stats * stats);
 
-// The budget that grows with the context, in cells, for a step that could read n of them: an eighth, but not less than
-// 512. A fixed budget is Quest's known weakness: the share of the attention that it holds falls with the context.
+// The budget that grows with the context, in cells, for a step that could read n of them: 768 and a 32nd of them. A fixed
+// budget is Quest's known weakness: the share of the attention that it holds falls as the context grows.
 LLAMA_API uint32_t llama_edgekv_auto_budget(uint32_t n);
 
 // Whether a layer of a model attends to a sliding window only, and so is not evicted from.
@@ -155,9 +156,10 @@ LLAMA_API int64_t llama_edgekv_rows(struct llama_context * ctx, llama_seq_id seq
 // Returns the number of queries in them, -1 on error.
 LLAMA_API int64_t llama_edgekv_tap_get(struct llama_context * ctx, int32_t i_layer, int32_t i_head, double * moment, double * sum);
 
-// What the last ubatch did in cache layer i_layer, if it was a decode step (tap_queries): its post-RoPE queries, F32
-// [n_tokens, n_head, head_size], and the pages that were chosen for them, I32 [n_tokens, n_head_kv, n_chosen], ascending,
-// then -1; none where all cells were read. Both return how many numbers there are, -1 on error, and write at most n_max.
+// What the last ubatch did in cache layer i_layer (tap_queries): its post-RoPE queries, F32 [n_tokens, n_head, head_size],
+// if there were at most LLAMA_EDGEKV_TAP_TOKENS, and the pages that were chosen for them, I32 [n_tokens, n_head_kv, n_chosen],
+// ascending, then -1; none where all cells were read. Both return how many numbers there are, -1 on error, and write at
+// most n_max.
 LLAMA_API int64_t llama_edgekv_tap_queries(struct llama_context * ctx, int32_t i_layer, float   * out, int64_t n_max);
 LLAMA_API int64_t llama_edgekv_tap_pages  (struct llama_context * ctx, int32_t i_layer, int32_t * out, int64_t n_max);
 

@@ -108,7 +108,7 @@ bool llama_edgekv_set_next(const llama_edgekv_params * params) {
 }
 
 uint32_t llama_edgekv_auto_budget(uint32_t n) {
-    return std::max(512u, n/8);
+    return 768 + n/32;
 }
 
 uint32_t llama_edgekv_kv_size(const llama_cparams & cparams) {

@@ -104,7 +104,7 @@ bool llama_edgekv_tap_eval(ggml_tensor * t, bool ask, void * user_data) {
     // its pages are chosen later
     layer.pages.clear();
     layer.queries.clear();
-    if (t->ne[2] <= LLAMA_EDGEKV_DECODE_TOKENS) {
+    if (t->ne[2] <= LLAMA_EDGEKV_TAP_TOKENS) {
         layer.queries = tap.queries;
     }
 

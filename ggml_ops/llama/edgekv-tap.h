@@ -22,7 +22,7 @@ struct llama_edgekv_tap {
         std::vector<double> moments; // [n_head][n_embd][n_embd], sum q q^T
         std::vector<double> sums;    // [n_head][n_embd]
 
-        // of the last ubatch, if it was a decode step
+        // of the last ubatch, if it had at most LLAMA_EDGEKV_TAP_TOKENS
         std::vector<float>   queries; // [n_tokens][n_head][n_embd]
         std::vector<int32_t> pages;   // [n_tokens][n_head_kv][n_chosen]
     };

@@ -1,6 +1,6 @@
-// Drives the C interface of evicted contexts through everything a conversation does, for the sanitizers: no Python, no
-// OpenMP, threads of ggml's own. What it computes is checked elsewhere (tests/test_eviction.py and others); here only
-// what must hold at any time is, and memory, threads and undefined behaviour are watched.
+// Drives the C interface of contexts with eviction, selection or both through everything a conversation does, for the
+// sanitizers: no Python, no OpenMP, threads of ggml's own. What it computes is checked elsewhere (tests/test_eviction.py
+// and others); here only what must hold at any time is, and memory, threads and undefined behaviour are watched.
 //
 //   driver SEED FOLDER MODEL...    exit status 0 if all went well
 
@@ -22,6 +22,7 @@ namespace {
 
 constexpr int N_UBATCH = 16;
 constexpr int N_SEQ    = 2;
+constexpr int N_PAGE   = 8;
 
 std::mt19937 rng;
 
@@ -34,6 +35,10 @@ struct setting {
     ggml_type    type_v;
     bool         flash_attn;
     bool         tap;
+
+    const char * select   = "none";
+    uint32_t     n_dense  = 0;
+    bool         grouped  = false;
 };
 
 // filters for every layer with KV heads of one size, whatever the model
@@ -64,6 +69,11 @@ llama_context * open(llama_model * model, const setting & s, const std::vector<f
     params.n_filters       = filters.size();
     params.filter_layers   = layers.data();
     params.n_filter_layers = (uint32_t) layers.size();
+    params.select          = s.select;
+    params.select_budget   = 32;
+    params.page_size       = N_PAGE;
+    params.n_dense_layers  = s.n_dense;
+    params.grouped_attn    = s.grouped;
     params.tap_queries     = s.tap;
     CHECK(llama_edgekv_set_next(&params));
 
@@ -122,6 +132,7 @@ void look(llama_context * ctx) {
         stats.struct_size = sizeof(stats);
         CHECK(llama_edgekv_get_stats(ctx, s, &stats));
         CHECK(s < 0 || stats.cells_used <= stats.cells_allocated);
+        CHECK(stats.pages_read <= stats.pages_total);
         if (s < 0) {
             continue;
         }
@@ -142,7 +153,36 @@ void look(llama_context * ctx) {
     }
 }
 
-void live(llama_context * ctx, llama_context * stock, const std::string & folder, int n_steps) {
+// what the last decode step asked and chose, of a context that taps queries
+void look_at_step(llama_context * ctx) {
+    llama_edgekv_stats stats;
+    stats.struct_size = sizeof(stats);
+    CHECK(llama_edgekv_get_stats(ctx, -1, &stats));
+
+    for (int32_t il = 0; il < llama_edgekv_n_layers(ctx); ++il) {
+        const int64_t n_queries = llama_edgekv_tap_queries(ctx, il, nullptr, 0);
+        const int64_t n_pages   = llama_edgekv_tap_pages(ctx, il, nullptr, 0);
+        if (n_queries < 0 || n_pages < 0) {
+            continue; // nothing was read yet
+        }
+        std::vector<float>   queries(n_queries);
+        std::vector<int32_t> pages(n_pages);
+        CHECK(llama_edgekv_tap_queries(ctx, il, queries.data(), n_queries) == n_queries);
+        CHECK(llama_edgekv_tap_pages(ctx, il, pages.data(), n_pages) == n_pages);
+        for (int32_t page : pages) {
+            CHECK(page >= -1 && page*N_PAGE < (int32_t) stats.cells_allocated);
+        }
+    }
+}
+
+uint64_t n_selections(llama_context * ctx) {
+    llama_edgekv_stats stats;
+    stats.struct_size = sizeof(stats);
+    CHECK(llama_edgekv_get_stats(ctx, -1, &stats));
+    return stats.n_selections;
+}
+
+void live(llama_context * ctx, llama_context * stock, const std::string & folder, bool tap, int n_steps) {
     auto * memory = llama_get_memory(ctx);
     std::vector<std::pair<llama_seq_id, bytes>> states;
 
@@ -191,6 +231,42 @@ void live(llama_context * ctx, llama_context * stock, const std::string & folder
                 break;
         }
         look(ctx);
+        if (tap) {
+            look_at_step(ctx);
+        }
+    }
+}
+
+// without eviction: what only a stock cache can do, holes and shifted positions, and stock's states
+void live_unevicted(llama_context * ctx, llama_context * stock, bool tap, int n_steps) {
+    auto * memory = llama_get_memory(ctx);
+
+    for (int step = 0; step < n_steps; ++step) {
+        const llama_seq_id s = pick(N_SEQ);
+        switch (pick(9)) {
+            case 0: case 1: decode(ctx, 1 + pick(40), s, false); break;
+            case 2: decode(ctx, 1 + pick(20), s, true); break;
+            case 3: llama_memory_seq_rm(memory, s, n_past(ctx, s) - pick(25), -1); break;
+            case 4: { const llama_pos p0 = pick(100); llama_memory_seq_rm(memory, s, p0, p0 + pick(60)); } break;
+            case 5: {
+                const llama_pos p0 = pick(100), n = 1 + pick(30);
+                if (llama_memory_can_shift(memory) && llama_memory_seq_rm(memory, s, p0, p0 + n)) {
+                    llama_memory_seq_add(memory, s, p0 + n, -1, -n);
+                }
+            } break;
+            case 6: llama_memory_seq_cp(memory, s, 1 - s, -1, -1); break;
+            case 7: {
+                const llama_seq_id which = pick(3) - 1;
+                const bytes state = save(ctx, which);
+                for (llama_context * to : { ctx, stock }) { // a state does not depend on selection
+                    CHECK(load(to, state, which < 0 ? -1 : s));
+                }
+            } break;
+            case 8: if (!pick(4)) { llama_memory_clear(memory, pick(2)); } break;
+        }
+        if (tap) {
+            look_at_step(ctx);
+        }
     }
 }
 
@@ -209,6 +285,9 @@ int main(int argc, char ** argv) {
         { "knorm",     LLAMA_EDGEKV_MODE_PROMPT,  GGML_TYPE_F16,  GGML_TYPE_F16,  true,  false },
         { "streaming", LLAMA_EDGEKV_MODE_BOUNDED, GGML_TYPE_F32,  GGML_TYPE_BF16, false, true  },
         { "none",      LLAMA_EDGEKV_MODE_BOUNDED, GGML_TYPE_F16,  GGML_TYPE_F16,  false, true  },
+        { "knorm",     LLAMA_EDGEKV_MODE_BOUNDED, GGML_TYPE_F16,  GGML_TYPE_F16,  true,  true,  "quest", 0, false },
+        { "qfilters",  LLAMA_EDGEKV_MODE_PROMPT,  GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, true,  false, "quest", 1, true  },
+        { "none",      LLAMA_EDGEKV_MODE_BOUNDED, GGML_TYPE_F16,  GGML_TYPE_F16,  true,  true,  "quest", 1, false },
     };
 
     for (int i = 3; i < argc; ++i) {
@@ -225,9 +304,16 @@ int main(int argc, char ** argv) {
         for (const auto & s : settings) {
             llama_context * ctx = open(model, s, filters, layers);
             CHECK(ctx);
+            const bool selects = strcmp(s.select, "none") != 0;
             if (strcmp(s.policy, "none") != 0) {
-                live(ctx, stock, argv[2], 120);
+                live(ctx, stock, argv[2], s.tap, 120);
+            } else if (selects) {
+                llama_context * other = open(model, { "none", 0, s.type_k, s.type_v, s.flash_attn, false }, {}, {});
+                CHECK(other);
+                live_unevicted(ctx, other, s.tap, 120);
+                llama_free(other);
             }
+            CHECK((n_selections(ctx) > 0) == selects);
             if (s.tap) {
                 decode(ctx, 20, 0, false);
                 llama_edgekv_layer layer;
@@ -239,10 +325,11 @@ int main(int argc, char ** argv) {
             llama_free(ctx);
         }
 
-        // refused: filters of another shape
+        // refused: filters of another shape, selection without flash attention
         auto few = filters;
         few.pop_back();
         CHECK(!open(model, settings[0], few, layers));
+        CHECK(!open(model, { "none", 0, GGML_TYPE_F16, GGML_TYPE_F16, false, false, "quest", 0, false }, {}, {}));
 
         llama_free(stock);
         llama_model_free(model);
