@@ -124,13 +124,14 @@ def plan(
             if name not in _FLOAT_TYPES:
                 raise EdgekvError(f"-ctv {name}: a quantised V needs flash attention, drop off from -fa")
 
+    if "quest" not in kv_select:  # says which flag is too much
+        SelectionSettings.resolve("none", *(next(iter(values), None) for values in (kv_select_budget, kv_page_size)),
+                                  kv_dense_layers)
     selections = dict.fromkeys(
         SelectionSettings.resolve(method, *((None, None, None) if method == "none" else (budget, size, kv_dense_layers)), grouped)
         for method, budget, size, grouped in product(kv_select, kv_select_budget or (None,), kv_page_size or (None,),
                                                      kv_grouped_attn)
     )
-    if kv_select_budget and "quest" not in kv_select:
-        SelectionSettings.resolve("none", kv_select_budget[0])  # says what is wrong
     if any(s.needs_flash_attention for s in selections) and not any(flash_attn):
         raise EdgekvError("--kv-select quest and --kv-grouped-attn need flash attention: add on to -fa")
 

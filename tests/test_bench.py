@@ -186,6 +186,8 @@ def test_grouped_attention(model):
     (["--kv-select", "quest", "--kv-page-size", "12"], "--kv-page-size 12"),
     (["--kv-select", "quest", "-fa", "off"], "add on to -fa"),
     (["--kv-select-budget", "64"], "--kv-select-budget is for selection"),
+    (["--kv-page-size", "8,16"], "--kv-page-size is for selection"),
+    (["--kv-dense-layers", "0"], "--kv-dense-layers is for selection"),
     (["--kv-evict", "none,frob"], "--kv-evict frob"),
     (["--kv-evict", "qfilters"], "--kv-budget"),
     (["--kv-evict", "streaming", "--kv-budget", "0"], "--kv-budget 0"),
