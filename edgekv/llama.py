@@ -87,7 +87,11 @@ class Llama(llama_cpp.Llama):
             bytes_per_token=_bytes_per_token(gguf, kv_budget, kwargs.get("type_k"), kwargs.get("type_v")),
         )
         self.filters = load_filters(gguf, qfilters) if self.eviction.policy == "qfilters" else None
-        self.selection = SelectionSettings.resolve(selection) if isinstance(selection, str) else selection
+        if isinstance(selection, str):
+            selection = SelectionSettings.resolve(selection)
+        if not isinstance(selection, SelectionSettings):
+            raise EdgekvError(f"selection={selection!r}: give 'none', 'quest' or SelectionSettings")
+        self.selection = selection
         if self.selection.needs_flash_attention and not kwargs.setdefault("flash_attn", True):
             raise EdgekvError("selection needs flash attention: drop flash_attn=False")
 

@@ -9,3 +9,14 @@ def smollm2():
     from edgekv.pull import pull
 
     return pull("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_qfilters(smollm2, tmp_path_factory):
+    """The same with filters of its own; half a minute, once."""
+    from edgekv.calibrate import calibrate
+    from edgekv.convert import convert
+
+    path = tmp_path_factory.mktemp("smollm2") / "smollm2-qfilters.gguf"
+    convert(smollm2, path, calibrate(smollm2))
+    return path

@@ -12,8 +12,6 @@ import time
 import numpy as np
 import pytest
 
-from edgekv.calibrate import calibrate
-from edgekv.convert import convert
 from edgekv.conversation import Conversation
 from edgekv.errors import EdgekvError
 from edgekv.session_file import SavedSession
@@ -25,11 +23,8 @@ N_UBATCH = 512
 
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    """SmolLM2 with filters of its own."""
-    path = tmp_path_factory.mktemp("conversation") / "smollm2-qfilters.gguf"
-    convert(smollm2, path, calibrate(smollm2))
-    return path
+def model(smollm2_qfilters):
+    return smollm2_qfilters
 
 
 @pytest.fixture

@@ -76,7 +76,10 @@ def test_selection_is_told_in_the_figures(model):
     assert without.exit_code == 0 and "pages" not in without.stderr, without.output
 
 
-def test_llama_turns_flash_attention_on(model):
+def test_selection_of_a_llama(model):
+    for wrong, why in ((None, "selection=None: give"), (64, "selection=64: give"), ("h2o", "--kv-select h2o: unknown")):
+        with pytest.raises(EdgekvError, match=why):
+            package.Llama(model, n_ctx=256, selection=wrong)
     with pytest.raises(EdgekvError, match="drop flash_attn=False"):
         package.Llama(model, n_ctx=256, selection="quest", flash_attn=False)
     llama = package.Llama(model, n_ctx=256, n_threads=1, selection=SelectionSettings(budget=32, dense_layers=0))

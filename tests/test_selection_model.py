@@ -3,8 +3,6 @@
 import pytest
 
 import edgekv
-from edgekv.calibrate import calibrate
-from edgekv.convert import convert
 from edgekv.gguf_file import GGUF
 from edgekv.llama import load_filters
 from edgekv.session import Session
@@ -16,10 +14,8 @@ N_ANSWER = 128
 
 
 @pytest.fixture(scope="module")
-def model(smollm2, tmp_path_factory):
-    path = tmp_path_factory.mktemp("selection") / "smollm2-qfilters.gguf"
-    convert(smollm2, path, calibrate(smollm2))
-    return path
+def model(smollm2_qfilters):
+    return smollm2_qfilters
 
 
 def answer(model, n_prompt: int, **settings) -> tuple[list[int], edgekv.Llama]:

@@ -33,7 +33,7 @@ constexpr float   INF   = std::numeric_limits<float>::infinity();
 std::atomic<int64_t> * counters(const ggml_tensor * dst) {
     static_assert(sizeof(std::atomic<int64_t>) == sizeof(int64_t), "counters are plain numbers");
 
-    const ggml_tensor * t = dst->src[GGML_MAX_SRC - 1];
+    const ggml_tensor * t = dst->src[GGML_EDGEKV_SRC_COUNTERS];
     return t ? (std::atomic<int64_t> *) t->data : nullptr;
 }
 

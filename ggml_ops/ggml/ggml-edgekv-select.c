@@ -3,9 +3,6 @@
 #include "ggml-edgekv.h"
 #include "ggml-impl.h"
 
-// behind the sources of every operator of selection
-#define EDGEKV_COUNTERS (GGML_MAX_SRC - 1)
-
 static void assert_query(const struct ggml_tensor * q) {
     GGML_ASSERT(q->type == GGML_TYPE_F32);
     GGML_ASSERT(q->nb[0] == sizeof(float));
@@ -166,5 +163,5 @@ void ggml_edgekv_set_counters(
     GGML_ASSERT(ggml_is_contiguous(counters));
     GGML_ASSERT(ggml_nelements(counters) == 4);
 
-    op->src[EDGEKV_COUNTERS] = counters;
+    op->src[GGML_EDGEKV_SRC_COUNTERS] = counters;
 }

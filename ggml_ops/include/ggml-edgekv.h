@@ -137,6 +137,9 @@ GGML_API struct ggml_tensor * ggml_edgekv_attn(
 // Statistics of an operator of selection: each computation adds to counters
 //   counters [4] I64, contiguous: nanoseconds of the first thread, computations, and, for choose_pages only, the pages
 //            chosen and those that had a visible cell, over all KV heads, tokens and streams
+// They become the operator's last source.
+#define GGML_EDGEKV_SRC_COUNTERS (GGML_MAX_SRC - 1)
+
 GGML_API void ggml_edgekv_set_counters(
         struct ggml_tensor * op,
         struct ggml_tensor * counters);

@@ -158,18 +158,7 @@ bool llama_edgekv_get_stats(llama_context * ctx, llama_seq_id seq_id, llama_edge
 
     if (const auto * select = kv->get_select()) {
         ctx->synchronize();
-
-        const auto f = select->get_figures();
-        stats->summary_bytes = f.summary_bytes;
-        stats->n_selections  = f.n_selections;
-        stats->pages_read    = f.pages_read;
-        stats->pages_total   = f.pages_total;
-        stats->bytes_read    = f.bytes_read;
-        stats->summarize_us  = f.summarize_us;
-        stats->scores_us     = f.scores_us;
-        stats->choice_us     = f.choice_us;
-        stats->attn_us       = f.attn_us;
-        stats->dense_us      = f.dense_us;
+        select->add_to(*stats);
     }
 
     for (const uint32_t il : kv->get_layer_ids()) {

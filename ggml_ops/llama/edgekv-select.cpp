@@ -16,6 +16,8 @@
 #include <unistd.h>
 #endif
 
+static constexpr size_t MAX_NODES = 16; // of a layer, in the graphs that are made here
+
 // Chosen pages lie far apart in memory, and with 4 KiB pages of the system most of them miss the TLB. Called before
 // anything is stored: the memory is given back and comes again, in huge pages if the system has them.
 static void ask_for_huge_pages(ggml_backend_buffer_t buf) {
@@ -110,15 +112,8 @@ ggml_tensor * llama_edgekv_selector::allocate(const ggml_tensor * beside, const 
 
 // a decode step's operators, as build_attn() makes them
 void llama_edgekv_selector::check_devices() const {
-    const size_t n_tensors = 16*kv.layers.size();
-
-    ggml_init_params params = {
-        /*.mem_size   =*/ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false),
-        /*.mem_buffer =*/ NULL,
-        /*.no_alloc   =*/ true,
-    };
-    ggml_context_ptr ctx { ggml_init(params) };
-    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), n_tensors, false);
+    ggml_context_ptr ctx = graph_context();
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), MAX_NODES*kv.layers.size(), false);
 
     for (size_t i = 0; i < layers.size(); ++i) {
         const int64_t il   = kv.layers[i].il;
@@ -221,7 +216,7 @@ ggml_tensor * llama_edgekv_selector::build_attn(
 }
 
 ggml_context_ptr llama_edgekv_selector::graph_context() const {
-    const size_t n_tensors = 8*kv.layers.size();
+    const size_t n_tensors = MAX_NODES*kv.layers.size();
 
     ggml_init_params params = {
         /*.mem_size   =*/ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false),
@@ -232,7 +227,7 @@ ggml_context_ptr llama_edgekv_selector::graph_context() const {
 }
 
 ggml_cgraph * llama_edgekv_selector::build_graph(ggml_context * ctx, uint32_t strm, uint32_t n) const {
-    ggml_cgraph * gf = ggml_new_graph_custom(ctx, 8*kv.layers.size(), false);
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx, MAX_NODES*kv.layers.size(), false);
 
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto & l = layers[i];
@@ -280,18 +275,16 @@ void llama_edgekv_selector::add_to(std::map<ggml_backend_buffer_type_t, size_t> 
     }
 }
 
-llama_edgekv_selector::figures llama_edgekv_selector::get_figures() const {
-    figures res;
-
+void llama_edgekv_selector::add_to(llama_edgekv_stats & stats) const {
+    if (kv.hparams.no_alloc) {
+        return;
+    }
     uint64_t ns[N_COUNTERS] = {};
 
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto & l = layers[i];
 
         int64_t counters[N_COUNTERS][4];
-        if (kv.hparams.no_alloc) {
-            break;
-        }
         ggml_backend_tensor_get(l.counters, counters, 0, sizeof(counters));
         for (int c = 0; c < N_COUNTERS; ++c) {
             ns[c] += counters[c][0];
@@ -303,18 +296,16 @@ llama_edgekv_selector::figures llama_edgekv_selector::get_figures() const {
         const uint64_t page = cfg->page_size*(ggml_row_size(kv.layers[i].k->type, kv.hparams.n_embd_head_k(il)) +
                                               ggml_row_size(kv.layers[i].v->type, kv.hparams.n_embd_head_v(il)));
 
-        res.summary_bytes += ggml_nbytes(l.summaries);
-        res.n_selections   = std::max<uint64_t>(res.n_selections, counters[CHOICE][1]);
-        res.pages_read    += counters[CHOICE][2];
-        res.pages_total   += counters[CHOICE][3];
-        res.bytes_read    += counters[CHOICE][2]*page + counters[CHOICE][3]*l.summaries->nb[1];
+        stats.summary_bytes += ggml_nbytes(l.summaries);
+        stats.n_selections   = std::max<uint64_t>(stats.n_selections, counters[CHOICE][1]);
+        stats.pages_read    += counters[CHOICE][2];
+        stats.pages_total   += counters[CHOICE][3];
+        stats.bytes_read    += counters[CHOICE][2]*page + counters[CHOICE][3]*l.summaries->nb[1];
     }
 
-    res.summarize_us = ns[SUMMARIZE]/1000;
-    res.scores_us    = ns[SCORES]/1000;
-    res.choice_us    = ns[CHOICE]/1000;
-    res.attn_us      = ns[ATTN]/1000;
-    res.dense_us     = ns[DENSE]/1000;
-
-    return res;
+    stats.summarize_us = ns[SUMMARIZE]/1000;
+    stats.scores_us    = ns[SCORES]/1000;
+    stats.choice_us    = ns[CHOICE]/1000;
+    stats.attn_us      = ns[ATTN]/1000;
+    stats.dense_us     = ns[DENSE]/1000;
 }

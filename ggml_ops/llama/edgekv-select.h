@@ -56,20 +56,8 @@ public:
     // the bytes of the summaries, by type of buffer
     void add_to(std::map<ggml_backend_buffer_type_t, size_t> & breakdown) const;
 
-    struct figures {
-        uint64_t summary_bytes = 0;
-        uint64_t n_selections  = 0;
-        uint64_t pages_read    = 0;
-        uint64_t pages_total   = 0;
-        uint64_t bytes_read    = 0;
-
-        uint64_t summarize_us = 0;
-        uint64_t scores_us    = 0;
-        uint64_t choice_us    = 0;
-        uint64_t attn_us      = 0;
-        uint64_t dense_us     = 0;
-    };
-    figures get_figures() const;
+    // the part of the statistics that is about selection
+    void add_to(llama_edgekv_stats & stats) const;
 
 private:
     // what is counted, per layer
