@@ -114,9 +114,10 @@ def wanted(name):
     """Where a file of the source distribution goes, or None: the tree less its bulk, and the bindings."""
     tree = "vendor/llama.cpp/"
     if name.startswith(tree):
-        # .git is a stray file that points nowhere; docs and models are 110 MB that no build reads
+        # .git is a stray file that points nowhere; docs and vocabularies are 110 MB that no build reads
         rest = name[len(tree):]
-        return None if rest.split("/")[0] in (".git", "docs", "models") else "llama.cpp/" + rest
+        bulk = rest.split("/")[0] in (".git", "docs", "models") and not rest.startswith("models/templates/")
+        return None if bulk else "llama.cpp/" + rest
     if name.startswith("llama_cpp/") and (name.endswith(".py") or name.endswith("/py.typed")):
         return "bindings/" + name
     return "bindings/llama_cpp/LICENSE.md" if name == "LICENSE.md" else None
