@@ -6,18 +6,23 @@ file before using it, so a foreign or truncated file costs an :class:`EdgekvErro
 
 GGUF versions 2 and 3, little-endian: magic ``GGUF``, u32 version, u64 number of tensors, u64 number of key-value
 pairs, the pairs, the tensor infos, padding to ``general.alignment`` (default 32), the tensor data.
+
+A split model is several such files, PREFIX-00001-of-000NN.gguf and so on, as llama.cpp names and finds them: the first
+holds the metadata, all hold tensors (the first may have none), and each says which part of how many it is in
+``split.no`` (u16, from 0), ``split.count`` (u16) and ``split.tensors.count`` (i32, over all parts).
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator
+from typing import Any, Iterator
 
 import numpy as np
 
@@ -31,6 +36,7 @@ U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 # value type -> struct code, for all types of fixed size
 SCALARS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
 
+CHUNK = 8 << 20    # bytes read at a time
 MAX_NESTING = 4    # of arrays in arrays; llama.cpp takes none
 MAX_LAYERS = 4096  # llama.cpp stops at 512; keeps per-layer lists small whatever the file says
 
@@ -62,11 +68,12 @@ class Field:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor; ``shape`` in GGUF's order (fastest dimension first), ``offset`` from the start of the file."""
+    """One tensor; ``shape`` in GGUF's order (fastest dimension first), ``offset`` from the start of its file ``path``."""
 
     name: str
     type: int
     shape: tuple[int, ...]
+    path: Path
     offset: int
     nbytes: int
 
@@ -75,8 +82,22 @@ class Tensor:
         return TENSOR_TYPES[self.type][0] if self.type in TENSOR_TYPES else f"type {self.type}"
 
 
-class GGUF:
-    """The header of a GGUF file.
+_PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
+
+
+def split_name(path: str | os.PathLike[str]) -> tuple[str, int, int] | None:
+    """(prefix, number from 1, number of parts) of a file named as a part of a split model, None for other names."""
+    match = _PART_NAME.fullmatch(Path(path).name)
+    return match and (match[1], int(match[2]), int(match[3]))
+
+
+def part_path(path: str | os.PathLike[str], prefix: str, number: int, count: int) -> Path:
+    """A part's file, beside ``path`` (``llama_split_path`` of llama.cpp; here numbers are from 1)."""
+    return Path(path).with_name(f"{prefix}-{number:05}-of-{count:05}.gguf")
+
+
+class Part:
+    """The header of one GGUF file: of a model, or of a part of a split one.
 
     Attributes: ``path``, ``size`` (bytes of the file), ``version``, ``alignment``, ``fields`` (key -> :class:`Field`,
     in the file's order), ``tensors`` (name -> :class:`Tensor`, in the file's order), ``kv_start``, ``kv_end``,
@@ -85,7 +106,7 @@ class GGUF:
     Raises :class:`EdgekvError`, naming the file, if it cannot be read, is no GGUF, is truncated or contradicts itself.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], missing: str = "no such file"):
         self.path = Path(path)
         if self.path.is_dir():
             raise EdgekvError(f"{self.path}: is a folder; pass a .gguf file")
@@ -98,12 +119,24 @@ class GGUF:
                 with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as buf:
                     self._parse(buf)
         except FileNotFoundError:
-            raise EdgekvError(f"{self.path}: no such file") from None
+            raise self._bad(missing) from None
         except OSError as e:
-            raise EdgekvError(f"{self.path}: cannot be read: {e.strerror or e}") from None
+            raise self._bad(f"cannot be read: {e.strerror or e}") from None
 
     def _bad(self, why: str) -> EdgekvError:
         return EdgekvError(f"{self.path}: {why}")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of ``key``: int, float, bool, str, a NumPy array (numeric arrays), or a list (of strings)."""
+        field = self.fields.get(key)
+        if field is None:
+            return default
+        data = b"".join(self.chunks(field.value, field.end - field.value))
+        return _decode(data, 0, field.type)[0]
+
+    def chunks(self, offset: int, n: int) -> Iterator[bytes]:
+        """``n`` bytes of the file from ``offset`` on, piece by piece."""
+        return _chunks(self.path, offset, n)
 
     # --- parsing -----------------------------------------------------------------------------------------------
 
@@ -207,16 +240,62 @@ class GGUF:
             _, block, block_bytes = TENSOR_TYPES.get(ttype, ("", 1, 0))
             if n % block or (shape and shape[0] % block) or offset % self.alignment or name in self.tensors:
                 raise self._bad(f"damaged GGUF file: the description of tensor {name!r} makes no sense")
-            tensor = Tensor(name, ttype, shape, self.data_offset + offset, n // block * block_bytes)
+            tensor = Tensor(name, ttype, shape, self.path, self.data_offset + offset, n // block * block_bytes)
             if tensor.offset + tensor.nbytes > self.size:
                 raise self._bad(f"truncated GGUF file: tensor {name!r} ends {tensor.offset + tensor.nbytes - self.size}"
                                 " bytes behind the end of the file; fetch it again")
             self.tensors[name] = tensor
 
-        split = self.get("split.count", 0) if "split.count" in self.fields else 0
-        if isinstance(split, int) and split > 1:
-            raise self._bad(f"one of {split} parts of a split model, which is not supported yet; "
-                            "join the parts with llama-gguf-split --merge")
+
+class GGUF:
+    """A model's file, or its files: the path of a split model is that of the first part, which finds the others.
+
+    Attributes: ``parts`` (a :class:`Part` per file), ``path`` (of the first), ``size`` (bytes of all files), ``fields``
+    (the metadata: those of the first part), ``tensors`` (name -> :class:`Tensor`, of all parts, in their order).
+
+    Raises :class:`EdgekvError`, naming the file, if one cannot be read, is no GGUF, is truncated or contradicts itself,
+    if a part is missing or is not of this model, or if the path is that of a later part.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        first = Part(path)
+        self.parts, self.path, self.fields = [first], first.path, first.fields
+        self.tensors = dict(first.tensors)
+        index, count, total = _split_numbers(first)
+        if count is not None and count > 1:  # 0 in a model that was joined again
+            self._find_parts(index, count, total)
+        self.size = sum(part.size for part in self.parts)
+
+    def _bad(self, why: str) -> EdgekvError:
+        return EdgekvError(f"{self.path}: {why}")
+
+    def _find_parts(self, index: int | None, count: int, total: int | None) -> None:
+        """Read the other parts of ``count``; this one says that it is the one with ``index``, of ``total`` tensors."""
+        if index is None or index >= count or total is None:
+            raise self._bad(f"damaged GGUF file: one of {count} parts, but which one (split.no) or of how many tensors "
+                            "(split.tensors.count) is missing or wrong")
+        named, number = split_name(self.path), index + 1
+        if named is None or named[1:] != (number, count):
+            raise self._bad(f"is part {number} of {count}, but its name does not end in -{number:05}-of-{count:05}.gguf,"
+                            " so the others cannot be found; give all parts their names back")
+        if number > 1:
+            raise self._bad(f"is part {number} of {count}; pass the first part, "
+                            f"{part_path(self.path, named[0], 1, count).name}")
+
+        for number in range(2, count + 1):
+            place = f"part {number} of {count} of {self.path.name}"
+            part = Part(part_path(self.path, named[0], number, count), f"no such file; it is {place}: fetch it too")
+            if _split_numbers(part) != [number - 1, count, total]:
+                raise part._bad(f"is not {place}: its split.no, split.count and split.tensors.count say otherwise; "
+                                "fetch the parts again")
+            if twice := self.tensors.keys() & part.tensors.keys():
+                raise part._bad(f"is not {place}: an earlier part has the tensor {min(twice)!r} too; "
+                                "fetch the parts again")
+            self.parts.append(part)
+            self.tensors.update(part.tensors)
+        if len(self.tensors) != total:
+            raise self._bad(f"its {count} parts have {len(self.tensors)} tensors, but split.tensors.count says {total};"
+                            " fetch the parts again")
 
     # --- values ------------------------------------------------------------------------------------------------
 
@@ -224,47 +303,19 @@ class GGUF:
         return key in self.fields
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of ``key``: int, float, bool, str, a NumPy array (numeric arrays), or a list (of strings)."""
-        field = self.fields.get(key)
-        if field is None:
-            return default
-        with self.open() as f:
-            data = self._read(f, field.value, field.end - field.value)
-        return _decode(data, 0, field.type)[0]
+        """The value of ``key``, as :meth:`Part.get`."""
+        return self.parts[0].get(key, default)
 
-    def open(self) -> BinaryIO:
-        try:
-            return open(self.path, "rb")
-        except OSError as e:
-            raise self._bad(f"cannot be read: {e.strerror or e}") from None
-
-    def _read(self, f: BinaryIO, offset: int, n: int) -> bytes:
-        f.seek(offset)
-        data = f.read(n)
-        if len(data) != n:
-            raise self._bad("changed while it was read")
-        return data
-
-    def chunks(self, offset: int, n: int, chunk: int = 8 << 20) -> Iterator[bytes]:
-        """``n`` bytes of the file from ``offset`` on, at most ``chunk`` at a time."""
-        with self.open() as f:
-            f.seek(offset)
-            while n:
-                try:
-                    data = f.read(min(chunk, n))
-                except OSError as e:
-                    raise self._bad(f"cannot be read: {e.strerror or e}") from None
-                if not data:
-                    raise self._bad("changed while it was read")
-                n -= len(data)
-                yield data
+    def chunks(self, tensor: Tensor) -> Iterator[bytes]:
+        """A tensor's bytes, piece by piece."""
+        return _chunks(tensor.path, tensor.offset, tensor.nbytes)
 
     def tensor_data(self, name: str) -> np.ndarray:
         """The values of a small F32 tensor, float32, C order (slowest dimension first)."""
         t = self.tensors.get(name)
         if t is None or t.type != 0:
             raise self._bad(f"has no F32 tensor {name!r}")
-        data = b"".join(self.chunks(t.offset, t.nbytes))
+        data = b"".join(self.chunks(t))
         return np.frombuffer(data, "<f4").astype(np.float32).reshape(t.shape[::-1])
 
     # --- what the model says of itself ---------------------------------------------------------------------------
@@ -355,7 +406,7 @@ class GGUF:
 
     def kv_bytes_per_token(self, k_block: tuple[int, int], v_block: tuple[int, int],
                            without: Collection[int] = ()) -> int | None:
-        """Bytes that one cell takes over all layers but ``without``, in cache types given as (elements, bytes) of a block.
+        """Bytes that one cell takes over all layers but ``without``; cache types are the (elements, bytes) of a block.
 
         None if a row does not divide into blocks. Layers with a sliding window are counted like the others.
         """
@@ -368,6 +419,30 @@ class GGUF:
                     return None
                 total += width // elements * size
         return total
+
+
+def _split_numbers(part: Part) -> list[int | None]:
+    """What a file says of the part that it is: its index, how many parts, tensors of all parts; None for nothing."""
+    types = {"split.no": U16, "split.count": U16, "split.tensors.count": I32}
+    for key, vtype in types.items():
+        if key in part.fields and part.fields[key].type != vtype:
+            raise EdgekvError(f"{part.path}: damaged GGUF file: {key} has the wrong type")
+    return [part.get(key) for key in types]
+
+
+def _chunks(path: Path, offset: int, n: int) -> Iterator[bytes]:
+    """``n`` bytes of a file from ``offset`` on, at most CHUNK at a time. EdgekvError if it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(offset)
+            while n:
+                data = f.read(min(CHUNK, n))
+                if not data:
+                    raise EdgekvError(f"{path}: changed while it was read")
+                n -= len(data)
+                yield data
+    except OSError as e:
+        raise EdgekvError(f"{path}: cannot be read: {e.strerror or e}") from None
 
 
 def _decode(data: bytes, at: int, vtype: int) -> tuple[Any, int]:

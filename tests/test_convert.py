@@ -2,6 +2,7 @@ import errno
 import os
 import struct
 import subprocess
+import tracemalloc
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from edgekv.convert import convert
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from test_filters import random_filters
+from test_split import split_model
 from tinymodel import write_tiny_model
 
 
@@ -71,10 +73,11 @@ def exotic_model(path, values, alignment):
     blob = b""
     for t in g.tensors.values():
         blob += bytes(-len(blob) % alignment)
-        infos += string(t.name.encode()) + struct.pack(f"<I{len(t.shape)}QIQ", len(t.shape), *t.shape, t.type, len(blob))
+        n = len(t.shape)
+        infos += string(t.name.encode()) + struct.pack(f"<I{n}QIQ", n, *t.shape, t.type, len(blob))
         blob += data[t.offset:t.offset + t.nbytes]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(g.tensors), len(g.fields) + len(values) + 1)
-    head += extra + data[g.kv_start:g.kv_end] + infos
+    head += extra + data[g.parts[0].kv_start:g.parts[0].kv_end] + infos
     path.write_bytes(head + bytes(-len(head) % alignment) + blob)
 
 
@@ -127,9 +130,9 @@ def test_nested_arrays_stay(tmp_path):
     g = GGUF(tmp_path / "m.gguf")
     assert [a.tolist() for a in g.get("x.0")] == [[7, 8], [7, 8]]
     convert(g.path, tmp_path / "out.gguf", random_filters(g))
-    out = GGUF(tmp_path / "out.gguf")
-    after = out.path.read_bytes()
-    assert after[24:].startswith(before[24:g.kv_end]) and after[out.data_offset:] == before[g.data_offset:]
+    (old,), (new,) = g.parts, GGUF(tmp_path / "out.gguf").parts
+    after = new.path.read_bytes()
+    assert after[24:].startswith(before[24:old.kv_end]) and after[new.data_offset:] == before[old.data_offset:]
 
 
 def test_in_place_and_through_a_link(model, tmp_path):
@@ -181,8 +184,11 @@ def test_disk_full(model, tmp_path, monkeypatch, at):
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
-def test_really_full_disk(model, tmp_path):
-    """On a file system of 256 KiB; needs the right to mount."""
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_really_full_disk(model, tmp_path, n_parts):
+    """On a file system of 256 KiB, which one of three parts fits; needs the right to mount."""
+    model = split_model(model, tmp_path / "m.gguf", n_parts)[0]
+    assert (model.stat().st_size < 256 << 10) == (n_parts == 3)
     small = tmp_path / "small"
     small.mkdir()
     try:
@@ -193,7 +199,7 @@ def test_really_full_disk(model, tmp_path):
         pytest.skip("mounting is not allowed here")
     try:
         with pytest.raises(EdgekvError, match="the disk is full"):
-            convert(model, small / "out.gguf", random_filters(GGUF(model)))
+            convert(model, small / model.name, random_filters(GGUF(model)))
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", small], check=True)
@@ -210,7 +216,7 @@ def test_refused(model, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
     (tmp_path / "hf").mkdir()
-    refuse("hf: converting Hugging Face folders comes with a later version; pass a .gguf", tmp_path / "hf", tmp_path / "o")
+    refuse("hf: is a folder; pass a .gguf file", tmp_path / "hf", tmp_path / "o")
     refuse("nope.gguf: no such file", tmp_path / "nope.gguf", tmp_path / "o.gguf")
     refuse("cannot be written: No such file", model, tmp_path / "no" / "o.gguf")
     refuse("hf: is a folder", model, tmp_path / "hf")
@@ -229,3 +235,234 @@ def test_source_that_shrinks_meanwhile(model, tmp_path, monkeypatch):
     with pytest.raises(EdgekvError, match="tiny.gguf: changed while it was read"):
         convert(model, tmp_path / "out.gguf", f, shrink)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+# --- split models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["", "empty-first"])
+def parts(request, model):
+    """The files of a model in three parts, with permissions of their own."""
+    files = split_model(model, model.with_name("m.gguf"), 3, request.param)
+    model.unlink()
+    for file, mode in zip(files, (0o640, 0o600, 0o644)):
+        file.chmod(mode)
+    return files
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def names_in(folder, prefix):
+    return [folder / f"{prefix}-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+
+
+def test_a_split_model_stays_split(parts, tmp_path):
+    f = random_filters(GGUF(parts[0]))
+    before = contents(tmp_path)
+    (tmp_path / "out").mkdir()
+    new = names_in(tmp_path / "out", "new")
+    calls = []
+    convert(parts[0], new[0], f, lambda done, total: calls.append((done, total)))
+    assert sorted((tmp_path / "out").iterdir()) == new and before.items() <= contents(tmp_path).items()
+    np.testing.assert_array_equal(filters.read(GGUF(new[0])).flat(), f.flat())
+    if GGUF(parts[0]).parts[0].tensors:
+        check(parts[0], new[0], f)
+    assert [a.read_bytes() == b.read_bytes() for a, b in zip(parts, new)] == [False, True, True]
+    assert [a.stat().st_mode for a in parts] == [b.stat().st_mode for b in new]
+    total = sum(file.stat().st_size for file in parts)
+    assert calls[-1] == (total, total) and calls == sorted(calls) and len(calls) > 3
+
+    convert(new[0], names_in(tmp_path, "again")[0], f)
+    assert [p.read_bytes() for p in names_in(tmp_path, "again")] == [p.read_bytes() for p in new]  # twice is once
+
+
+def test_in_place_only_the_first_part_is_written(parts, tmp_path):
+    f = random_filters(GGUF(parts[0]))
+    before = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in parts]
+    data = [p.read_bytes() for p in parts]
+    calls = []
+    convert(parts[0], parts[0], f, lambda done, total: calls.append((done, total)))
+    assert sorted(tmp_path.iterdir()) == parts
+    assert [(p.stat().st_ino, p.stat().st_mtime_ns) == b for p, b in zip(parts, before)] == [False, True, True]
+    np.testing.assert_array_equal(filters.read(GGUF(parts[0])).flat(), f.flat())
+    assert calls[-1] == (sum(map(len, data)),) * 2 and calls[0][0] > len(data[1]) + len(data[2])
+
+
+def test_links_to_the_later_parts_stay(parts, tmp_path):
+    """So that a copy with filters need not copy what stays."""
+    (tmp_path / "out").mkdir()
+    new = names_in(tmp_path / "out", "new")
+    new[1].symlink_to(parts[1])
+    new[2].hardlink_to(parts[2])
+    before = [p.read_bytes() for p in parts]
+    convert(parts[0], new[0], random_filters(GGUF(parts[0])))
+    assert new[1].is_symlink() and new[2].samefile(parts[2]) and [p.read_bytes() for p in parts] == before
+    assert filters.read(GGUF(new[0])) is not None
+
+
+def test_parts_through_links(parts, tmp_path):
+    """As the cache of the Hugging Face hub keeps them: names that are links to files of other names."""
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate(parts):
+        path.rename(tmp_path / "blobs" / f"sha{i}")
+        path.symlink_to(f"blobs/sha{i}")
+    f = random_filters(GGUF(parts[0]))
+    convert(parts[0], parts[0], f)
+    assert all(p.is_symlink() for p in parts) and len(list((tmp_path / "blobs").iterdir())) == 3
+    new = names_in(tmp_path, "new")
+    convert(parts[0], new[0], f)
+    assert not any(p.is_symlink() for p in new) and [p.read_bytes() for p in new] == [p.read_bytes() for p in parts]
+
+
+@pytest.mark.parametrize(("name", "instead"), [
+    ("out.gguf", "out-00001-of-00003.gguf"), ("out", "out-00001-of-00003.gguf"),
+    ("out-00002-of-00003.gguf", "out-00001-of-00003.gguf"), ("out-00001-of-00004.gguf", "out-00001-of-00003.gguf"),
+    ("m.gguf", "m-00001-of-00003.gguf"),
+])
+def test_the_new_name_says_the_number_of_parts(parts, tmp_path, name, instead):
+    before = contents(tmp_path)
+    why = f"{name}: the model has 3 parts and stays split; name the first part, {instead}$"
+    with pytest.raises(EdgekvError, match=why):
+        convert(parts[0], tmp_path / name, random_filters(GGUF(parts[0])))
+    with pytest.raises(EdgekvError, match="is a folder; name a file"):
+        convert(parts[0], tmp_path, random_filters(GGUF(parts[0])))
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_in_the_way(parts, tmp_path):
+    names_in(tmp_path, "new")[1].mkdir()
+    before = contents(tmp_path)
+    with pytest.raises(EdgekvError, match="new-00002-of-00003.gguf: is a folder; name a file"):
+        convert(parts[0], names_in(tmp_path, "new")[0], random_filters(GGUF(parts[0])))
+    assert contents(tmp_path) == before
+
+
+class Interruption:
+    """A function of which the call numbered ``at`` fails or is interrupted, before or after it did its work."""
+
+    def __init__(self, function, at=-1, error=KeyboardInterrupt, after=False, each=lambda: None):
+        self.function, self.at, self.error, self.after, self.each, self.n = function, at, error, after, each, 0
+
+    def __call__(self, *args):
+        hit, self.n = self.n == self.at, self.n + 1
+        if not (hit and not self.after):
+            self.function(*args)
+        self.each()
+        if hit:
+            raise self.error
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("older", [(), (1,), (0, 1, 2), (0, 2)], ids=str)
+@pytest.mark.parametrize("name", ["replace", "fsync", "chmod"])
+def test_all_new_parts_or_none(parts, tmp_path, monkeypatch, name, older):
+    """Interrupts and errors before and after each call that writes: the new model is complete, or what was there is.
+    At no moment do old and new parts stand together under a first one."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    new = names_in(folder, "new")
+    f = random_filters(GGUF(parts[0]))
+    for i in older:
+        new[i].write_bytes(b"older %d" % i)
+    before = contents(folder)
+    source = {p: p.read_bytes() for p in parts}
+    convert(parts[0], tmp_path / "whole-00001-of-00003.gguf", f)
+    after = {new[i].relative_to(folder): p.read_bytes() for i, p in enumerate(names_in(tmp_path, "whole"))}
+
+    def consistent():
+        now = {k: v for k, v in contents(folder).items() if k.name[0] != "."}
+        assert new[0].relative_to(folder) not in now or now in (before, after)
+
+    real, n, outcomes = getattr(os, name), 0, set()
+    while True:
+        for error in (KeyboardInterrupt, FULL):
+            for late in (False, True):
+                for path in folder.iterdir():
+                    path.unlink()
+                for path, data in before.items():
+                    (folder / path).write_bytes(data)
+                call = Interruption(real, n, error, late, consistent)
+                monkeypatch.setattr(os, name, call)
+                try:
+                    convert(parts[0], new[0], f)
+                except KeyboardInterrupt:
+                    assert error is KeyboardInterrupt
+                except EdgekvError as e:
+                    assert error is FULL and "the disk is full" in str(e) and "new-0000" in str(e)
+                monkeypatch.setattr(os, name, real)
+                found = contents(folder)
+                assert found in (before, after), (n, error, late, found.keys())
+                if error is KeyboardInterrupt:
+                    outcomes.add(found == after)
+        if call.n <= n:
+            break  # there were no so many calls
+        n += 1
+    assert n >= 3 and outcomes == {False, True}
+    assert {p: p.read_bytes() for p in parts} == source
+
+
+@pytest.mark.parametrize("prefix", ["new", "m"])
+def test_interrupted_while_parts_are_written(parts, tmp_path, prefix):
+    before = contents(tmp_path)
+    f = random_filters(GGUF(parts[0]))
+    n = 0
+    while True:
+        call = Interruption(lambda done, total: None, n)
+        try:
+            convert(parts[0], names_in(tmp_path, prefix)[0], f, call)
+        except KeyboardInterrupt:
+            assert contents(tmp_path) == before
+            n += 1
+        else:
+            break
+    assert n > 5 and contents(tmp_path) != before
+
+
+def test_a_part_that_shrinks_meanwhile(parts, tmp_path):
+    def shrink(done, total):
+        os.truncate(parts[2], 1000)
+
+    with pytest.raises(EdgekvError, match=f"{parts[2].name}: changed while it was read"):
+        convert(parts[0], names_in(tmp_path, "new")[0], random_filters(GGUF(parts[0])), shrink)
+    assert sorted(tmp_path.iterdir()) == parts
+
+
+def large_model(path, size, n_parts):
+    """A model of ``size`` bytes that are holes, an eighth of them in a tensor that fingerprints read."""
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_block_count(1)
+    w.add_embedding_length(64)
+    w.add_head_count(2)
+    w.add_tensor_info("output.weight", [size // 4096, 1024], np.dtype(np.float16), size // 2)
+    if n_parts == 2:
+        w.tensors.append({})
+    w.add_tensor_info("output_norm.weight", [size // 32], np.dtype(np.float32), size // 8)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_ti_data_to_file()
+    w.close()
+    files = w.format_shard_names(path)
+    for file in files:
+        os.truncate(file, -(-file.stat().st_size // 32) * 32 + size // n_parts)
+    return files[0]
+
+
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_memory_does_not_grow_with_the_file(tmp_path, n_parts):
+    peaks = []
+    for size in (64 << 20, 512 << 20):
+        path = large_model(tmp_path / "large.gguf", size, n_parts)
+        f = random_filters(GGUF(path))
+        tracemalloc.start()
+        convert(path, path.with_name(path.name.replace("large", "new")), f)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        g = GGUF(path.with_name(path.name.replace("large", "new")))
+        assert g.size > size and filters.read(g) is not None
+        for file in tmp_path.iterdir():
+            file.unlink()
+    assert peaks[1] < peaks[0] + (1 << 20) and peaks[1] < 64 << 20

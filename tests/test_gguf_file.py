@@ -1,4 +1,5 @@
 import os
+import re
 import struct
 
 import gguf
@@ -20,7 +21,8 @@ def model(tmp_path_factory):
 
 def test_agrees_with_the_gguf_package(model):
     ours, theirs = GGUF(model), gguf.GGUFReader(model)
-    assert ours.data_offset == theirs.data_offset and ours.size == model.stat().st_size
+    (part,) = ours.parts
+    assert part.data_offset == theirs.data_offset and ours.size == model.stat().st_size
     keys = [k for k in theirs.fields if not k.startswith("GGUF.")]
     assert list(ours.fields) == keys
     for key in keys:
@@ -30,8 +32,8 @@ def test_agrees_with_the_gguf_package(model):
     assert list(ours.tensors) == [t.name for t in theirs.tensors]
     for t in theirs.tensors:
         o = ours.tensors[t.name]
-        assert (o.type_name, list(o.shape), o.offset, o.nbytes) == (
-            t.tensor_type.name, t.shape.tolist(), t.data_offset, t.n_bytes)
+        assert (o.type_name, list(o.shape), o.path, o.offset, o.nbytes) == (
+            t.tensor_type.name, t.shape.tolist(), model, t.data_offset, t.n_bytes)
     np.testing.assert_array_equal(ours.tensor_data("output_norm.weight"), theirs.tensors[1].data)
 
 
@@ -85,15 +87,123 @@ def test_facts_that_make_no_sense(tmp_path, key, value):
         GGUF(tmp_path / "m.gguf").head_count_kv
 
 
-def test_split_files_are_refused(tmp_path):
-    w = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    w.add_uint16("split.count", 3)
+# --- split models; test_split.py reads whole ones --------------------------------------------------------------------
+
+SPLIT_TYPES = {"split.no": gguf.GGUFValueType.UINT16, "split.count": gguf.GGUFValueType.UINT16,
+               "split.tensors.count": gguf.GGUFValueType.INT32}
+
+
+def write_part(path, tensors, number, count=3, total=3, **other_types):
+    """A part with small tensors; the keys that are None are left out."""
+    w = gguf.GGUFWriter(path, "llama")
+    for (key, vtype), value in zip(SPLIT_TYPES.items(), (number and number - 1, count, total)):
+        if value is not None:
+            w.add_key_value(key, value, other_types.get(key.replace(".", "_"), vtype))
+    for name in tensors:
+        w.add_tensor(name, np.ones(4, np.float32))
     w.write_header_to_file()
     w.write_kv_data_to_file()
+    w.write_tensors_to_file()
     w.close()
-    with pytest.raises(EdgekvError, match="3 parts of a split model"):
-        GGUF(tmp_path / "m.gguf")
 
+
+@pytest.fixture
+def parts(tmp_path):
+    """The files of a model in three parts."""
+    files = [tmp_path / f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for i, file in enumerate(files, 1):
+        write_part(file, [f"t{i}"], i)
+    assert list(GGUF(files[0]).tensors) == ["t1", "t2", "t3"]
+    return files
+
+
+def refused(path, why, named=None):
+    with pytest.raises(EdgekvError) as e:
+        GGUF(path)
+    assert str(e.value).startswith(f"{named or path}: ") and "\n" not in str(e.value)
+    assert re.search(why, str(e.value)), str(e.value)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_later_part(parts, number):
+    refused(parts[number - 1], f"is part {number} of 3; pass the first part, m-00001-of-00003.gguf$")
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_missing_part(parts, number):
+    parts[number - 1].unlink()
+    refused(parts[0], f"no such file; it is part {number} of 3 of m-00001-of-00003.gguf: fetch it", parts[number - 1])
+    parts[number - 1].mkdir()
+    refused(parts[0], "is a folder", parts[number - 1])
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m-00001-of-00004.gguf", "m-00002-of-00003.gguf", "m-00001-of-00003.GGUF",
+                                  "m-1-of-3.gguf", "-00001-of-00003.gguf"])
+def test_a_renamed_first_part(parts, name):
+    path = parts[0].rename(parts[0].with_name(name))
+    refused(path, "is part 1 of 3, but its name does not end in -00001-of-00003.gguf, so the others cannot be found")
+
+
+def test_a_later_part_under_the_first_name(parts):
+    parts[1].replace(parts[0])
+    refused(parts[0], "is part 2 of 3, but its name does not end in -00002-of-00003.gguf, so the others")
+
+
+@pytest.mark.parametrize("change", [dict(number=3), dict(number=1), dict(number=None), dict(count=4), dict(count=None),
+                                    dict(count=0), dict(total=4), dict(total=None)])
+def test_a_part_of_another_model(parts, change):
+    write_part(parts[1], ["t2"], **{"number": 2, **change})
+    refused(parts[0], "is not part 2 of 3 of m-00001-of-00003.gguf: .* fetch the parts again", parts[1])
+
+
+def test_tensors_that_two_parts_have_or_none(parts):
+    write_part(parts[2], ["t1"], 3)
+    refused(parts[0], "is not part 3 of 3 .* has the tensor 't1' too", parts[2])
+    for tensors, n in (([], 2), (["t3", "t4"], 4)):
+        write_part(parts[2], tensors, 3)
+        refused(parts[0], f"its 3 parts have {n} tensors, but split.tensors.count says 3; fetch the parts again")
+
+
+@pytest.mark.parametrize("change", [dict(number=None), dict(number=4), dict(total=None)])
+def test_first_parts_that_make_no_sense(parts, change):
+    write_part(parts[0], ["t1"], **{"number": 1, **change})
+    refused(parts[0], "damaged GGUF file: one of 3 parts, but which one")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("key", list(SPLIT_TYPES))
+def test_split_keys_of_other_types(parts, number, key):
+    """llama.cpp takes no others either."""
+    write_part(parts[number - 1], [f"t{number}"], number, **{key.replace(".", "_"): gguf.GGUFValueType.UINT32})
+    refused(parts[0], f"damaged GGUF file: {key} has the wrong type", parts[number - 1])
+
+
+def test_joined_models_and_single_parts_are_whole(tmp_path):
+    for count in (0, 1):
+        write_part(tmp_path / "m.gguf", ["t1"], 1, count, 1)  # llama-gguf-split --merge leaves a count of 0
+        assert len(GGUF(tmp_path / "m.gguf").parts) == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_damaged_parts(parts, number):
+    path = parts[number - 1]
+    data = path.read_bytes()
+    for n in (0, 10, 30, 100, len(data) - 32):
+        path.write_bytes(data[:n])
+        refused(parts[0], "truncated GGUF file|not a GGUF file", path)
+    path.write_bytes(b"PK" + data[2:])
+    refused(parts[0], "not a GGUF file", path)
+    path.write_bytes(data)
+    g = GGUF(parts[0])
+    path.write_bytes(data[:-20])
+    with pytest.raises(EdgekvError, match=f"{path.name}: changed while it was read"):
+        g.tensor_data(f"t{number}")
+    path.unlink()
+    with pytest.raises(EdgekvError, match=f"{path.name}: cannot be read"):
+        g.tensor_data(f"t{number}")
+
+
+# --- foreign bytes ---------------------------------------------------------------------------------------------------
 
 def header(n_tensors=0, n_kv=0, version=3):
     return b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_kv)
@@ -159,6 +269,9 @@ def read_everything(path):
         g = GGUF(path)
         for key in g.fields:
             g.get(key)
+        for part in g.parts:
+            for key in part.fields:
+                part.get(key)
         for fact in ("architecture", "name", "n_layer", "head_count_kv", "key_length", "context_length"):
             getattr(g, fact)
         from edgekv import filters
@@ -187,7 +300,7 @@ def small(tmp_path_factory):
 def test_truncation_at_any_byte(small):
     data, path = small
     path.write_bytes(data)
-    g = GGUF(path)
+    (g,) = GGUF(path).parts
     assert read_everything(path)
     needed = max(t.offset + t.nbytes for t in g.tensors.values())  # padding may follow
     # downwards, so that the file is cut and not written again
@@ -206,3 +319,31 @@ def test_flipped_bytes_never_raise_anything_else(small, data):
         damaged[at] = data.draw(st.integers(0, 255))
     path.write_bytes(damaged)
     read_everything(path)
+
+
+@pytest.fixture(scope="module")
+def small_parts(tmp_path_factory):
+    """The same in three parts: their files, and what is in them."""
+    from test_split import split_model
+
+    folder = tmp_path_factory.mktemp("parts")
+    path = write_tiny_model(folder / "m.gguf", n_layer=1, n_embd=8, n_head=2, n_head_kv=1, head_size=8, n_ff=8,
+                            n_vocab=8, tokenizer="none")
+    files = split_model(path, path)
+    return files, [file.read_bytes() for file in files]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_flipped_bytes_and_cuts_in_parts_never_raise_anything_else(small_parts, data):
+    files, whole = small_parts
+    damaged = [bytearray(content) for content in whole]
+    for _ in range(data.draw(st.integers(0, 4))):
+        part = damaged[data.draw(st.integers(0, 2))]
+        part[data.draw(st.integers(0, len(part) - 1) | st.integers(0, 300))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, 2))
+    del damaged[cut][data.draw(st.just(len(whole[cut])) | st.integers(0, len(whole[cut]))):]
+    for file, content in zip(files, damaged):
+        file.write_bytes(content)
+    read = read_everything(files[0])
+    assert read or damaged != whole

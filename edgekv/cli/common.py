@@ -22,14 +22,14 @@ def model_option(function: Callable[..., Any] | None = None, *, resolve: bool = 
 
     @click.argument("model_argument", metavar="MODEL", required=False)
     @click.option("-m", "--model", "model_flag", metavar="MODEL",
-                  help="The model, if not given as an argument: a path, a known name or hf:ORG/REPO/FILE.gguf.")
+                  help="The model, if not given as an argument: a path, a known name or hf:ORG/REPO:QUANT.")
     @functools.wraps(function)
     def command(*args: Any, model_argument: str | None, model_flag: str | None, **kwargs: Any) -> Any:
         if model_argument is not None and model_flag is not None:
             raise click.UsageError("MODEL is given twice, as an argument and with -m")
         model = model_flag if model_argument is None else model_argument
         if not model:
-            raise click.UsageError("no MODEL; give a path, a known name or hf:ORG/REPO/FILE.gguf")
+            raise click.UsageError("no MODEL; give a path, a known name or hf:ORG/REPO:QUANT")
         if resolve:
             from edgekv.pull import resolve_model
 
@@ -41,13 +41,22 @@ def model_option(function: Callable[..., Any] | None = None, *, resolve: bool = 
     return command
 
 
-def checked_output(output: str | None, model: Path, suffix: str) -> Path:
-    """The file to write: ``-o``, else the model's name with ``suffix`` before ``.gguf``.
+def checked_output(output: str | None, model: Path, suffix: str, *, stays_split: bool = False) -> Path:
+    """The file to write: ``-o``, else the model's name with ``suffix`` before ``.gguf``; that of a split model's first
+    part as well if the new one ``stays_split``.
 
     Checked before minutes of work, not after: EdgekvError if it cannot be written there.
     """
+    from edgekv.gguf_file import part_path, split_name
+
     stem = model.name[:-5] if model.name.lower().endswith(".gguf") else model.name
-    path = Path(output) if output else model.with_name(f"{stem}{suffix}.gguf")
+    stem, _, count = split_name(model) or (stem, 1, 1)
+    if output:
+        path = Path(output)
+    elif stays_split and count > 1:
+        path = part_path(model, f"{stem}{suffix}", 1, count)
+    else:
+        path = model.with_name(f"{stem}{suffix}.gguf")
     folder = path.resolve().parent
     if path.is_dir():
         raise EdgekvError(f"-o {path}: is a folder; name a file")
