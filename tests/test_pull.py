@@ -1,4 +1,3 @@
-import builtins
 import hashlib
 import subprocess
 import sys
@@ -116,34 +115,6 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert pull.cache_dir() == Path("/x/edgekv/models")
     monkeypatch.setenv("EDGEKV_CACHE", "/e")
     assert pull.cache_dir() == Path("/e/models")
-
-
-def test_hub(monkeypatch, tmp_path):
-    calls = []
-
-    def download(repo, file):
-        calls.append((repo, file))
-        if "gone" in file:
-            raise RuntimeError("404 Client Error\n\nmore\nlines")
-        return str(tmp_path / "file.gguf")
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=download))
-    assert pull.resolve_model("hf:org/repo/sub/file.gguf") == tmp_path / "file.gguf"
-    assert calls == [("org/repo", "sub/file.gguf")]
-    refuse("hf:org/repo/gone.gguf: cannot be fetched: 404 Client Error$", "hf:org/repo/gone.gguf")
-    for name in ("hf:org/repo", "hf:org//f.gguf", "hf:org/repo/file.bin", "hf:"):
-        refuse("not of the form hf:ORG/REPO/FILE.gguf", name)
-
-    real = builtins.__import__
-    monkeypatch.delitem(sys.modules, "huggingface_hub")
-
-    def no_hub(name, *args):
-        if name == "huggingface_hub":
-            raise ImportError(name)
-        return real(name, *args)
-
-    monkeypatch.setattr(builtins, "__import__", no_hub)
-    refuse("needs the package huggingface_hub", "hf:org/repo/file.gguf")
 
 
 def test_resolve_paths(tmp_path):

@@ -12,8 +12,9 @@ from edgekv.cli.common import model_option
 def pull(model: str) -> None:
     """Fetch MODEL and print its path.
 
-    MODEL is a known name (smollm2-135m: 94 MiB; gemma3-270m: 241 MiB, a base model) or hf:ORG/REPO/FILE.gguf. Known
-    models are kept in the user's cache folder, or in the folder that EDGEKV_CACHE names.
+    MODEL is a known name (smollm2-135m: 94 MiB; gemma3-270m: 241 MiB, a base model), or a GGUF file on the Hugging Face
+    hub: hf:ORG/REPO:QUANT (hf:ORG/REPO:Q4_K_M) or hf:ORG/REPO/FILE.gguf. Known models are kept in the user's cache
+    folder, or in the folder that EDGEKV_CACHE names, others in the hub's own cache.
     """
     from edgekv.pull import KNOWN
     from edgekv.pull import pull as fetch
