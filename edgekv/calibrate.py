@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekv import _runtime, native
+from edgekv import _runtime, native, quality
+from edgekv.attention import Score
 from edgekv.errors import EdgekvError
 from edgekv.convert import save_filters
-from edgekv.filters import QFilters, from_moments, model_fingerprint, read
+from edgekv.filters import QFilters, from_moments, join_reports, model_fingerprint, read
 from edgekv.gguf_file import GGUF
 from edgekv.pull import cache_dir
 from edgekv.session import Session
@@ -24,6 +25,7 @@ from edgekv.session import Session
 MIN_QUERIES = 3000  # per head; the paper finds more to change little
 N_SEQUENCES = 3
 SEQUENCE_TOKENS = 2048
+HELD_OUT_TOKENS = 1088  # read afterwards, for the report
 
 
 def default_text() -> str:
@@ -45,6 +47,10 @@ def calibrate(
     Reads at most ``N_SEQUENCES`` sequences of ``SEQUENCE_TOKENS`` tokens, spread over the text. The same text, threads
     and CPU variant give the same bytes.
 
+    The report's correlations (see :mod:`edgekv.filters`) come from ``HELD_OUT_TOKENS`` tokens of the same text that
+    were not read before, from the middle between the first two sequences. They are left out if the text has too few
+    there, or if the model's scores are not known (:meth:`edgekv.attention.Score.of`).
+
     Args:
         text_files: UTF-8 texts of the user's own; default :func:`default_text`.
 
@@ -54,30 +60,39 @@ def calibrate(
     gguf = GGUF(path)
     fingerprint = model_fingerprint(gguf)
     files = [Path(file) for file in text_files]
-    texts = [_read_text(file) for file in files] or [default_text()]
+    texts = [read_text(file) for file in files] or [default_text()]
 
     n_ctx = min(SEQUENCE_TOKENS, gguf.context_length)
     with Session(path, n_ctx=n_ctx, n_threads=n_threads, flash_attn=True, tap_queries=True) as session:
         where = ", ".join(map(str, files)) or "the default text"
-        sequences = _sequences(session, texts, n_ctx, where)
+        sequences = token_sequences(session, texts, n_ctx, where)
+        score = _score(gguf)
+        held_out = _held_out(session, texts, sequences) if score else []
 
-        with _progress_bar(progress, sum(map(len, sequences))) as advance:
+        with _progress_bar(progress, sum(map(len, sequences)) + len(held_out)) as advance:
             for tokens in sequences:
                 session.clear()
                 session.read(tokens, each=advance)
 
-        layers = session.layers()
-        vectors, n_queries = [], 0
-        for i, layer in enumerate(layers):
-            taps = [native.tap(session.ctx, i, h, layer.head_size_k) for h in range(layer.n_head)]
-            n_queries = taps[0][2]
-            vectors.append(
-                from_moments(
+            layers = session.layers()
+            vectors, reports, n_queries = [], [], 0
+            for i, layer in enumerate(layers):
+                taps = [native.tap(session.ctx, i, h, layer.head_size_k) for h in range(layer.n_head)]
+                n_queries = taps[0][2]
+                made, report = from_moments(
                     np.stack([moment for moment, _, _ in taps]),
                     np.stack([total for _, total, _ in taps]),
                     layer.n_head // layer.n_head_kv,
+                    n_queries,
                 )
-            )
+                vectors.append(made)
+                reports.append(report)
+            report = join_reports(reports)
+            if held_out:
+                session.clear()
+                by_layer = {layer.il: made for layer, made in zip(layers, vectors)}
+                found = quality.judge(session, by_layer, held_out, quality.N_STEPS, score, advance)
+                report |= {name: np.concatenate(found[name]) for name in ("spearman", "spearman_knorm")}
 
         filters = QFilters(
             vectors,
@@ -88,6 +103,7 @@ def calibrate(
             n_queries=n_queries,
             runtime=f"llama-cpp-python {_runtime.BINDINGS_VERSION}, {native.cpu_variant()}",
             model_sha256=fingerprint,
+            report=report,
         )
     filters.validate(gguf)
     return filters
@@ -130,7 +146,8 @@ def filters_for(
     return found
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """EdgekvError, naming the file, if it cannot be read as UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -141,8 +158,12 @@ def _read_text(path: Path) -> str:
         raise EdgekvError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _sequences(session: Session, texts: list[str], n_ctx: int, where: str) -> list[list[int]]:
-    """Up to N_SEQUENCES runs of tokens, evenly spread over the text, each begun as the model begins a text."""
+def token_sequences(session, texts: list[str], n_ctx: int, where: str) -> list[list[int]]:
+    """Up to N_SEQUENCES runs of tokens, evenly spread over the text, each begun as the model begins a text.
+
+    ``session``: whatever tokenises as :meth:`Session.tokenize` does. EdgekvError, naming ``where``, if the text is
+    too short.
+    """
     begin = session.tokenize("")
     tokens = session.tokenize("\n\n".join(texts))[len(begin) :]
     length = n_ctx - len(begin)
@@ -156,6 +177,25 @@ def _sequences(session: Session, texts: list[str], n_ctx: int, where: str) -> li
     if found < MIN_QUERIES:
         raise EdgekvError(f"{where}: {found} tokens are too few to calibrate on, at least {MIN_QUERIES} are needed")
     return sequences
+
+
+def _score(gguf: GGUF) -> Score | None:
+    try:
+        return Score.of(gguf)
+    except EdgekvError:
+        return None
+
+
+def _held_out(session: Session, texts: list[str], sequences: list[list[int]]) -> list[int]:
+    """Tokens that are in none of the sequences, begun as the model begins a text; none if the text is too short."""
+    begin = session.tokenize("")
+    tokens = session.tokenize("\n\n".join(texts))[len(begin) :]
+    length, n = len(sequences[0]) - len(begin), HELD_OUT_TOKENS - len(begin)
+    second = (len(tokens) - length) // max(1, len(sequences) - 1)  # where the second sequence begins
+    if len(sequences[0]) < HELD_OUT_TOKENS or second < length + n:
+        return []
+    start = (length + second - n) // 2
+    return begin + tokens[start : start + n]
 
 
 def _progress_bar(show: bool, total: int):

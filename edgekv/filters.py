@@ -31,7 +31,19 @@ key                  type          meaning
 ``n_tokens``         u64           tokens of text that were read; 0 = not known
 ``n_queries``        u64           query vectors per query head; 0 = not known
 ``runtime``          string        optional: what computed them (llama.cpp pin, CPU variant, threads)
+``report.NAME``      array of f32  optional: how well they fit, see below; one number per vector, in their order
 ===================  ============  ======================================================================================
+
+Reports, for each KV head (the first two are means over its query heads):
+
+``energy``
+    The share of the queries' second moment that lies along their direction: top eigenvalue / trace, in [0, 1].
+``one_sided``
+    Mean / root mean square of the projections of the queries on their direction, in [0, 1]. The method assumes that
+    they have one sign; for normal projections 0.79 means that a tenth has the other one.
+``spearman``, ``spearman_knorm``
+    Rank correlation of the filter's score, and of K-norm's, with the attention that keys really get, in [-1, 1]; on
+    which text, :func:`edgekv.calibrate.calibrate` says.
 
 A reader refuses other versions and other signs, ignores keys under ``edgekv.qfilters.`` that it does not know, and
 refuses filters whose fingerprint is not that of the model in the same file.
@@ -41,8 +53,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -53,17 +65,10 @@ PREFIX = "edgekv.qfilters."
 VERSION = 1
 SIGN = "keep-high"
 
-# Architectures whose conversion permutes the rows of Q and K in every head from halves (channel i rotates with
-# i + d/2, as in transformers) to pairs (2i with 2i + 1), ...
-_PERMUTED = {"llama", "arcee", "granite", "minicpm", "mistral3", "smollm3"}
-# ... and those that keep the halves.
-_UNPERMUTED = {"exaone4", "gemma", "gemma2", "gemma3", "olmo2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe",
-               "seed_oss", "starcoder2"}
-
-_MAX_SAFETENSORS = 256 << 20  # filters of the largest models take a few MiB
+REPORT = {"energy": (0, 1), "one_sided": (0, 1), "spearman": (-1, 1), "spearman_knorm": (-1, 1)}  # name -> range
 
 # where one of these is present, not every layer with KV heads is one that evictions work on
-_PARTIAL = ("attention.sliding_window", "attention.shared_kv_layers", "full_attention_interval")
+_PARTIAL = ("attention.sliding_window", "attention.shared_kv_layers", "full_attention_interval", "nextn_predict_layers")
 
 
 @dataclass
@@ -71,7 +76,8 @@ class QFilters:
     """Filters of a model and where they come from.
 
     ``vectors[i]``: float32 ``[n_head_kv, head_size]`` for model layer ``layers[i]``, in the channel order of the cached
-    keys; a higher projection means: keep. The other attributes are the metadata of the same name.
+    keys; a higher projection means: keep. ``report``: name -> float32, one number per vector, layer by layer. The other
+    attributes are the metadata of the same name.
     """
 
     vectors: list[np.ndarray]
@@ -82,10 +88,12 @@ class QFilters:
     n_queries: int = 0
     runtime: str = ""
     model_sha256: str = ""
+    report: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.vectors = [np.ascontiguousarray(v, dtype=np.float32) for v in self.vectors]
         self.layers = [int(il) for il in self.layers]
+        self.report = {name: np.asarray(values, dtype=np.float32) for name, values in self.report.items()}
 
     @property
     def head_count_kv(self) -> list[int]:
@@ -99,11 +107,15 @@ class QFilters:
         """All vectors as one float32 array: layer-major, then KV head, then channel."""
         return np.concatenate([v.ravel() for v in self.vectors]) if self.vectors else np.zeros(0, np.float32)
 
+    def by_layer(self, name: str) -> list[np.ndarray]:
+        """A report as the vectors are: float32 ``[n_head_kv]`` per layer. KeyError if there is none."""
+        return np.split(self.report[name], np.cumsum(self.head_count_kv)[:-1])
+
     def validate(self, gguf: GGUF, source: str | os.PathLike[str] | None = None) -> None:
         """Check shape, values and fingerprint against a model.
 
         EdgekvError, naming ``source`` (default: the model's file), if the filters do not fit it, hold NaN, infinity or
-        an all-zero vector, or were made for another model.
+        an all-zero vector, were made for another model, or have a report that is none of theirs.
         """
         where = f"{source or gguf.path}: Q-Filters"
         if not self.layers or len(self.layers) != len(self.vectors):
@@ -126,9 +138,20 @@ class QFilters:
             if (v == 0).all(axis=1).any():
                 raise EdgekvError(f"{where} hold an all-zero vector in layer {il}; "
                                   "make them again with edgekv calibrate")
+        if fault := self._report_fault():
+            raise EdgekvError(f"{where} have a damaged report: {fault}; make them again with edgekv calibrate")
         if self.model_sha256 != model_fingerprint(gguf):
             raise EdgekvError(f"{where} were made for another model (model_sha256 differs); "
                               "make them again with edgekv calibrate")
+
+    def _report_fault(self) -> str:
+        for name, values in self.report.items():
+            low, high = REPORT[name]
+            if values.shape != (sum(self.head_count_kv),):
+                return f"{PREFIX}report.{name} has {values.size} numbers for {sum(self.head_count_kv)} KV heads"
+            if not ((values >= low) & (values <= high)).all():  # NaN is in no range
+                return f"{PREFIX}report.{name} holds numbers that are not between {low} and {high}"
+        return ""
 
     def metadata(self) -> list[tuple[str, int, int | None, object]]:
         """What to store: (key, value type, item type of an array, value), types as in :mod:`edgekv.gguf_file`."""
@@ -149,6 +172,7 @@ class QFilters:
             items.append(("text_sha256", ARRAY, STRING, self.text_sha256))
         if self.runtime:
             items.append(("runtime", STRING, None, self.runtime))
+        items += [(f"report.{name}", ARRAY, F32, values) for name, values in self.report.items()]
         return [(PREFIX + key, vtype, item_type, value) for key, vtype, item_type, value in items]
 
 
@@ -159,8 +183,8 @@ def _short(numbers: list[int]) -> str:
 def read(gguf: GGUF) -> QFilters | None:
     """The filters in a file's metadata, None if it has none.
 
-    Checks the format (types, version, sign, lengths); :meth:`QFilters.validate` checks that they fit the model.
-    EdgekvError if the format is not what the module's documentation says.
+    Checks the format (types, version, sign, lengths, the report's values); :meth:`QFilters.validate` checks that they
+    fit the model. EdgekvError if the format is not what the module's documentation says.
     """
     if not any(key.startswith(PREFIX) for key in gguf.fields):
         return None
@@ -197,7 +221,7 @@ def read(gguf: GGUF) -> QFilters | None:
         vectors.append(numbers[at:at + h * s].reshape(h, s))
         at += h * s
 
-    return QFilters(
+    filters = QFilters(
         vectors, layers,
         method=value("method", STRING),
         text_sha256=list(value("text_sha256", ARRAY, STRING, [])),
@@ -205,7 +229,11 @@ def read(gguf: GGUF) -> QFilters | None:
         n_queries=value("n_queries", U64),
         runtime=value("runtime", STRING, None, ""),
         model_sha256=value("model_sha256", STRING),
+        report={name: value(f"report.{name}", ARRAY, F32) for name in REPORT if f"{PREFIX}report.{name}" in gguf},
     )
+    if fault := filters._report_fault():
+        raise bad(fault)
+    return filters
 
 
 def model_fingerprint(gguf: GGUF) -> str:
@@ -229,81 +257,23 @@ def model_fingerprint(gguf: GGUF) -> str:
     norms = [t for t in gguf.tensors.values() if t.type == 0 and "norm" in t.name]
     for t in sorted(norms, key=lambda t: t.name.encode("utf-8", "surrogateescape")):
         line(f"{t.name} {','.join(map(str, t.shape))}")
-        for data in gguf.chunks(t.offset, t.nbytes):
+        for data in gguf.chunks(t):
             h.update(data)
     return h.hexdigest()
 
 
-def halves_to_pairs(vectors: np.ndarray) -> np.ndarray:
-    """The last axis from ``[a0 .. a(d/2-1), b0 .. b(d/2-1)]`` to ``[a0, b0, a1, b1, ...]``."""
-    half = vectors.shape[-1] // 2
-    return np.stack([vectors[..., :half], vectors[..., half:]], axis=-1).reshape(vectors.shape)
-
-
-def from_safetensors(path: str | os.PathLike[str], gguf: GGUF) -> QFilters:
-    """Filters in the published form: tensor ``q_filters`` ``[layers, kv_heads, head_dim]``, F16, BF16, F32 or F64, in
-    the channel order of transformers (RoPE in halves), and negated (the lowest projection stays).
-
-    They are negated back and, where the model's conversion permutes Q and K, permuted. The file does not say which
-    model it is for: only its shape can be checked. EdgekvError if the file cannot be read or does not fit.
-    """
-    path = Path(path)
-    arch = gguf.architecture
-    if arch not in _PERMUTED | _UNPERMUTED:
-        raise EdgekvError(f"{gguf.path}: importing Q-Filters is not supported yet for the architecture {arch!r}; "
-                          "calibrate instead (edgekv convert --with-qfilters without --qfilters)")
-    if gguf.key_length % 2:
-        raise EdgekvError(f"{gguf.path}: damaged GGUF file: RoPE needs an even head size, not {gguf.key_length}")
-    published = _read_q_filters(path)
-    expected = (gguf.n_layer, gguf.head_count_kv[0], gguf.key_length)
-    if len(set(gguf.head_count_kv)) != 1 or published.shape != expected:
-        raise EdgekvError(f"{path}: q_filters has shape {list(published.shape)}, but {gguf.path} needs "
-                          f"{list(expected)} [layers, KV heads, head size]")
-    vectors = -published
-    if arch in _PERMUTED:
-        vectors = halves_to_pairs(vectors)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    filters = QFilters(list(vectors), list(range(gguf.n_layer)), model_sha256=model_fingerprint(gguf),
-                       method=f"imported from {path.name}, sha256 {digest}")
-    filters.validate(gguf, source=path)
-    return filters
-
-
-def _read_q_filters(path: Path) -> np.ndarray:
-    """Tensor ``q_filters`` of a safetensors file as float32."""
-    from safetensors import SafetensorError, deserialize
-
-    try:
-        if path.stat().st_size > _MAX_SAFETENSORS:
-            raise EdgekvError(f"{path}: too large for a file of Q-Filters")
-        tensors = dict(deserialize(path.read_bytes()))
-    except FileNotFoundError:
-        raise EdgekvError(f"{path}: no such file") from None
-    except OSError as e:
-        raise EdgekvError(f"{path}: cannot be read: {e.strerror or e}") from None
-    except SafetensorError as e:
-        raise EdgekvError(f"{path}: not a safetensors file ({e})") from None
-    if "q_filters" not in tensors:
-        raise EdgekvError(f"{path}: has no tensor q_filters; is it a file of Q-Filters?")
-    t = tensors["q_filters"]
-    data, dtype, shape = bytes(t["data"]), t["dtype"], t["shape"]
-    if dtype == "BF16":
-        flat = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
-    elif dtype in ("F16", "F32", "F64"):
-        flat = np.frombuffer(data, "<f" + str(int(dtype[1:]) // 8)).astype(np.float32)
-    else:
-        raise EdgekvError(f"{path}: q_filters has type {dtype}; F16, BF16, F32 or F64 are supported")
-    return flat.reshape(shape)
-
-
-def from_moments(moments: np.ndarray, sums: np.ndarray, group: int) -> np.ndarray:
-    """The filters of one layer from statistics of its queries (arXiv 2503.02812, section 3).
+def from_moments(moments: np.ndarray, sums: np.ndarray, group: int,
+                 n_queries: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The filters of one layer from statistics of its queries (arXiv 2503.02812, section 3), and how well they fit.
 
     ``moments`` float64 ``[n_head, head_size, head_size]``: ``sum q q^T`` of each query head's post-RoPE queries, not
-    centred; ``sums`` float64 ``[n_head, head_size]``: ``sum q``; ``group``: consecutive query heads per KV head. The
-    first right-singular vector of the matrix of queries is the top eigenvector of its second moment.
+    centred; ``sums`` float64 ``[n_head, head_size]``: ``sum q``; ``group``: consecutive query heads per KV head;
+    ``n_queries``: summands per query head. The first right-singular vector of the matrix of queries is the top
+    eigenvector of its second moment.
 
-    Returns float32 ``[n_head / group, head_size]``. EdgekvError if the statistics are empty or not finite.
+    Returns float32 ``[n_head / group, head_size]``, and the reports ``energy`` and ``one_sided`` (see the module's
+    documentation), each float32 ``[n_head / group]``; :func:`join_reports` puts those of the layers together.
+    EdgekvError if the statistics are empty or not finite.
     """
     moments = np.asarray(moments, np.float64)
     sums = np.asarray(sums, np.float64)
@@ -313,12 +283,26 @@ def from_moments(moments: np.ndarray, sums: np.ndarray, group: int) -> np.ndarra
     if not (np.isfinite(moments).all() and np.isfinite(sums).all()):
         raise EdgekvError("the model's queries are not finite; the model file is damaged")
     directions = np.empty((n_head, size))
+    energy, one_sided = np.empty(n_head), np.empty(n_head)
     for h in range(n_head):
         if not moments[h].any():
             raise EdgekvError("no queries to make Q-Filters from; give a longer text")
         # eigh reads one triangle: make the rounding of the other one irrelevant
-        u = np.linalg.eigh((moments[h] + moments[h].T) / 2)[1][:, -1]
+        values, axes = np.linalg.eigh((moments[h] + moments[h].T) / 2)
+        u = axes[:, -1]
         side = u @ sums[h]
         # a mean query exactly across u says nothing; any fixed rule keeps the result reproducible
         directions[h] = u if side > 0 or (side == 0 and u[np.abs(u).argmax()] > 0) else -u
-    return directions.reshape(n_head // group, group, size).mean(axis=1).astype(np.float32)
+        # the sum of the squared projections is the eigenvalue; rounding may push both shares past 1
+        energy[h] = min(1.0, values[-1] / np.trace(moments[h]))
+        one_sided[h] = min(1.0, abs(side) / np.sqrt(n_queries * values[-1]))
+
+    def mean(of_heads: np.ndarray) -> np.ndarray:
+        return of_heads.reshape(n_head // group, group, -1).mean(axis=1).astype(np.float32)
+
+    return mean(directions), {"energy": mean(energy)[:, 0], "one_sided": mean(one_sided)[:, 0]}
+
+
+def join_reports(layers: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The reports of all layers, for :class:`QFilters`, from those of each layer."""
+    return {name: np.concatenate([report[name] for report in layers]) for name in layers[0]}

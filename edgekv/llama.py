@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from edgekv import filters as qfilters_module
-from edgekv import native, session
+from edgekv import native
 from edgekv.checkpoints import Checkpoint, Checkpoints, common_prefix
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
@@ -108,18 +108,18 @@ class Llama(llama_cpp.Llama):
         self._to_read = self._n_read = 0
 
         if not verbose:
-            session.silence()
+            native.silence()
         native.set_next(self.eviction, self.filters, self.selection)
         try:
             super().__init__(model_path, n_ctx=n_ctx, verbose=verbose, **kwargs)
         except ValueError as error:
             # the bindings know only that it failed
-            why = native.last_error() or session.log_error() or str(error)
+            why = native.last_error() or native.log_error() or str(error)
             raise EdgekvError(f"{model_path}: {why}") from error
         finally:
             native.clear_next()
         if not verbose:
-            session.silence()
+            native.silence()
 
     # --- the cache ---------------------------------------------------------------------------------------------------
 

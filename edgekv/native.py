@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,6 +154,31 @@ _tap_pages = _bind("llama_edgekv_tap_pages", _i64, _ctx_p, _i32, ctypes.POINTER(
 auto_budget = _bind("llama_edgekv_auto_budget", _u32, _u32)
 
 
+_GGML_LOG_LEVEL_ERROR = 4
+_log: deque[str] = deque(maxlen=8)
+
+
+@llama_cpp.llama_log_callback
+def _collect_log(level: int, text: bytes, _user_data) -> None:
+    if level == _GGML_LOG_LEVEL_ERROR:
+        _log.append(text.decode(errors="replace").strip())
+
+
+def silence() -> None:
+    """Keep llama.cpp's log off the terminal; its errors are kept for :func:`log_error`."""
+    _log.clear()
+    llama_cpp.llama_log_set(_collect_log, ctypes.c_void_p(0))
+
+
+def log_error() -> str:
+    """The most telling line that llama.cpp logged since :func:`silence`, without the function's name, or ''."""
+    for line in _log:
+        text = line.split(": ", 1)[-1]
+        if text and "failed to load model" not in text:
+            return text
+    return ""
+
+
 def last_error() -> str:
     """The last error of this thread, or ''. Void functions of llama.cpp (seq_add, seq_cp, ...) report here only."""
     return _last_error().decode(errors="replace")
@@ -240,21 +267,50 @@ def layers(ctx) -> list[CacheLayer]:
     return result
 
 
+@contextmanager
+def _hollow_model(path: str | os.PathLike[str]):
+    """A model without its weights: metadata only, nothing is allocated. EdgekvError, naming the file, if it is refused."""
+    silence()
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers, params.no_alloc, params.load_mode = 0, True, llama_cpp.LLAMA_LOAD_MODE_NONE
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise EdgekvError(f"{path}: cannot be loaded: {log_error() or 'llama.cpp refused it'}")
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
 def swa_layers(path: str | os.PathLike[str]) -> list[int]:
     """The layers of a model that attend to a sliding window only; reads metadata, allocates nothing.
 
     Raises:
         EdgekvError: naming the file, if llama.cpp refuses it.
     """
-    params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers, params.no_alloc, params.load_mode = 0, True, llama_cpp.LLAMA_LOAD_MODE_NONE
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise EdgekvError(f"{path}: cannot be loaded: llama.cpp refused it")
-    try:
+    with _hollow_model(path) as model:
         return [il for il in range(llama_cpp.llama_model_n_layer(model)) if _is_swa(model, il)]
-    finally:
-        llama_cpp.llama_model_free(model)
+
+
+def cache_layers(path: str | os.PathLike[str]) -> list[CacheLayer]:
+    """The layers of a model that evictions work on; reads metadata, allocates nothing.
+
+    Raises:
+        EdgekvError: naming the file and the reason, if llama.cpp refuses the model or evictions cannot work on it.
+    """
+    with _hollow_model(path) as model:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = 256, 1, 1
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        # of all contexts only one that evicts asks whether this memory can be evicted from
+        set_next(EvictionSettings("streaming", budget=8))
+        ctx = llama_cpp.llama_init_from_model(model, params)
+        if not ctx:
+            raise EdgekvError(f"{path}: {last_error() or log_error() or 'the context could not be created'}")
+        try:
+            return layers(ctx)
+        finally:
+            llama_cpp.llama_free(ctx)
 
 
 def save_state(ctx) -> np.ndarray:

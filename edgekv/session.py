@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -28,41 +27,16 @@ CACHE_TYPES = {
     "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL,
 }
 
-_GGML_LOG_LEVEL_ERROR = 4
-_log: deque[str] = deque(maxlen=8)
-
-
-@llama_cpp.llama_log_callback
-def _collect_log(level: int, text: bytes, _user_data) -> None:
-    if level == _GGML_LOG_LEVEL_ERROR:
-        _log.append(text.decode(errors="replace").strip())
-
-
-def silence() -> None:
-    """Keep llama.cpp's log off the terminal; its errors are kept for :func:`log_error`."""
-    _log.clear()
-    llama_cpp.llama_log_set(_collect_log, ctypes.c_void_p(0))
-
-
-def log_error() -> str:
-    """The most telling line that llama.cpp logged since :func:`silence`, without the function's name, or ''."""
-    for line in _log:
-        text = line.split(": ", 1)[-1]
-        if text and "failed to load model" not in text:
-            return text
-    return ""
-
-
 def load_model(path: str | os.PathLike[str], *, n_gpu_layers: int = 0):
     """A ``llama_model`` pointer. EdgekvError, naming the file, if llama.cpp refuses it."""
     if not Path(path).is_file():
         raise EdgekvError(f"{path}: no such file")
-    silence()
+    native.silence()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        raise EdgekvError(f"{path}: cannot be loaded: {log_error() or 'llama.cpp refused it'}")
+        raise EdgekvError(f"{path}: cannot be loaded: {native.log_error() or 'llama.cpp refused it'}")
     return model
 
 
@@ -113,7 +87,7 @@ class Session:
         native.set_next(settings, filters, selection, tap_queries)
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self.ctx:
-            raise EdgekvError(f"{path}: {native.last_error() or log_error() or 'the context could not be created'}")
+            raise EdgekvError(f"{path}: {native.last_error() or native.log_error() or 'the context could not be created'}")
         self.memory = llama_cpp.llama_get_memory(self.ctx)
         self.n_batch = params.n_batch
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)

@@ -29,7 +29,13 @@ def model(tmp_path_factory):
 
 
 def post_rope_queries(path, tokens):
-    """float64 [layer][token, head, channel]: a Llama forward pass, written from the architecture's definition."""
+    """float64 [layer][token, head, channel]."""
+    return forward(path, tokens)[0]
+
+
+def forward(path, tokens):
+    """Queries and keys after RoPE, float64 [layer][token, head, channel], and attention [layer][head, query, key]: a
+    Llama forward pass, written from the architecture's definition."""
     w = {t.name: np.asarray(t.data, np.float64) for t in GGUFReader(path).tensors}
 
     def rms(x, name):
@@ -40,22 +46,24 @@ def post_rope_queries(path, tokens):
         turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None, :]
         return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
 
-    x, queries, n = w["token_embd.weight"][tokens], [], len(tokens)
+    x, queries, keys, weights, n = w["token_embd.weight"][tokens], [], [], [], len(tokens)
     for il in range(N_LAYER):
         h = rms(x, f"blk.{il}.attn_norm.weight")
         q = rope((h @ w[f"blk.{il}.attn_q.weight"].T).reshape(n, N_HEAD, HEAD_SIZE))
         k = rope((h @ w[f"blk.{il}.attn_k.weight"].T).reshape(n, N_HEAD_KV, HEAD_SIZE))
         v = (h @ w[f"blk.{il}.attn_v.weight"].T).reshape(n, N_HEAD_KV, HEAD_SIZE)
         queries.append(q)
+        keys.append(k)
         k, v = (np.repeat(a, N_HEAD // N_HEAD_KV, axis=1) for a in (k, v))
         s = np.einsum("qhc,khc->hqk", q, k) / np.sqrt(HEAD_SIZE)
         s = np.exp(np.where(np.tri(n, dtype=bool), s - s.max(-1, keepdims=True), -np.inf))
-        attended = np.einsum("hqk,khc->qhc", s / s.sum(-1, keepdims=True), v)
+        weights.append(s / s.sum(-1, keepdims=True))
+        attended = np.einsum("hqk,khc->qhc", weights[-1], v)
         x = x + attended.reshape(n, -1) @ w[f"blk.{il}.attn_output.weight"].T
         h = rms(x, f"blk.{il}.ffn_norm.weight")
         gate = h @ w[f"blk.{il}.ffn_gate.weight"].T
         x = x + (gate / (1 + np.exp(-gate)) * (h @ w[f"blk.{il}.ffn_up.weight"].T)) @ w[f"blk.{il}.ffn_down.weight"].T
-    return queries
+    return queries, keys, weights
 
 
 @pytest.mark.parametrize("type_k", ["f32", "q8_0"])  # a quantised K is rotated behind the tap
@@ -86,17 +94,22 @@ def test_filters_of_a_model(model, tmp_path):
 
     # the same sequences through NumPy: the direction of each KV head agrees
     with Session(model, n_ctx=2048, n_threads=1) as session:
-        sequences = calibration._sequences(session, [text.read_text()], 2048, "")
+        sequences = calibration.token_sequences(session, [text.read_text()], 2048, "")
     assert sum(map(len, sequences)) == first.n_tokens
     queries = [np.concatenate(layers) for layers in zip(*(post_rope_queries(model, s) for s in sequences))]
     for il in range(N_LAYER):
-        directions = []
+        directions, one_sided = [], []
         for h in range(N_HEAD):
             u = np.linalg.svd(queries[il][:, h], full_matrices=False)[2][0]
             directions.append(u * np.sign(u @ queries[il][:, h].mean(0)))
+            projections = queries[il][:, h] @ directions[-1]
+            one_sided.append(projections.mean() / np.sqrt((projections**2).mean()))
         expected = np.reshape(directions, (N_HEAD_KV, -1, HEAD_SIZE)).mean(1)
         cosine = (expected * first.vectors[il]).sum(-1) / np.linalg.norm(expected, axis=-1)
         assert (cosine / np.linalg.norm(first.vectors[il], axis=-1) > 0.999).all()
+        one_sided = np.reshape(one_sided, (N_HEAD_KV, -1)).mean(axis=1)
+        np.testing.assert_allclose(first.by_layer("one_sided")[il], one_sided, atol=2e-3)
+    assert first.report.keys() == {"energy", "one_sided"}  # the text is too short for the correlations
 
 
 def test_file_of_filters(model, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from edgekv import filters
 from edgekv.gguf_file import GGUF
+from edgekv.published import load
 from edgekv.session import Session
 from edgekv.settings import EvictionSettings
 from test_filters import REFERENCE
@@ -41,7 +42,7 @@ def imported(smollm2, published, tmp_path_factory):
     """The reference's filters, through the file form in which such filters are published."""
     path = tmp_path_factory.mktemp("reference") / "q_filters.safetensors"
     save_file({"q_filters": published["q_filters_kvpress"]}, path)
-    return filters.from_safetensors(path, GGUF(smollm2))
+    return load(path, GGUF(smollm2))
 
 
 def after_evictions(path, text, policy, keep, budgets, flash_attn, flat):
