@@ -20,3 +20,11 @@ def smollm2_qfilters(smollm2, tmp_path_factory):
     path = tmp_path_factory.mktemp("smollm2") / "smollm2-qfilters.gguf"
     convert(smollm2, path, calibrate(smollm2))
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint(smollm2, tmp_path_factory):
+    """The same as a Hugging Face checkpoint; needs torch, for slow tests."""
+    from checkpoint import write_checkpoint
+
+    return write_checkpoint(smollm2, tmp_path_factory.mktemp("checkpoint") / "SmolLM2-135M-Instruct")

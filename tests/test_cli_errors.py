@@ -57,8 +57,8 @@ def test_usage(model):
     fails("no MODEL", "inspect", status=2)
     fails("given twice", "inspect", model, "-m", model, status=2)
     fails("--frob", "inspect", model, "--frob", status=2)
-    fails("add --with-qfilters", "convert", model, status=2)
-    fails("exclude each other", "convert", model, "--with-qfilters", "--qfilters", "x", "--text", "y", status=2)
+    fails("nothing to do; add --with-qfilters, --outtype", "convert", model, status=2)
+    fails("drop --text", "convert", model, "--with-qfilters", "--qfilters", "x", "--text", "y", status=2)
     assert edgekv().exit_code == 2
 
 
@@ -140,7 +140,8 @@ def test_convert_refuses(model, tmp_path):
 
 
 def test_folders_of_hugging_face(tmp_path):
-    fails("Hugging Face folders come with a later version", "convert", tmp_path, "--with-qfilters")
+    fails("is a folder without config.json", "convert", tmp_path, "--with-qfilters")
+    fails("which edgekv convert", "inspect", tmp_path)
 
 
 def fake_calibration(monkeypatch, calibrate):
@@ -160,7 +161,7 @@ def test_convert_calibrates(model, tmp_path, monkeypatch):
     text = tmp_path / "t.txt"
     text.write_text("words")
     assert edgekv("convert", model, "--with-qfilters", "--text", text, "-t", 2).exit_code == 0
-    assert calls == [(str(model), {"text_files": (str(text),), "n_threads": 2, "progress": True})]
+    assert calls == [(model, {"text_files": (str(text),), "n_threads": 2, "progress": True})]
     assert filters.read(GGUF(tmp_path / "tiny-qfilters.gguf")) is not None
 
 

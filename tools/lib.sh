@@ -20,19 +20,21 @@ make_venv() {
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || die "$venv: has no pip; remove the folder and run this again"
 }
 
-# install_edgekv [EXTRA]: the package into .venv, or, where tools/dev has made .venv, only a rebuild of the checkout
+# install_edgekv [EXTRA...]: the package into .venv, or, where tools/dev has made .venv, only a rebuild of the checkout
 install_edgekv() {
   make_venv
   if [ -e "$venv/edgekv-dev" ]; then
     run "$root/tools/dev"
-    if [ $# -gt 0 ]; then run_pip_requirements "$1"; fi
+    if [ $# -gt 0 ]; then run_pip_requirements "$@"; fi
   else
     if [ ! -d "$root/build" ]; then echo "the first build compiles llama.cpp: about 4 minutes on two cores"; fi
-    run "$venv/bin/python" -m pip install -q "$root${1:+[$1]}"
+    local extras
+    extras=$(IFS=,; echo "$*")
+    run "$venv/bin/python" -m pip install -q "$root${extras:+[$extras]}"
   fi
 }
 
-# the dependencies of pyproject.toml, and of one extra, without the package
+# the dependencies of pyproject.toml, and of extras, without the package
 run_pip_requirements() {
   local list=$venv/requirements.txt
   "$venv/bin/python" - "$root/pyproject.toml" "$@" >"$list" <<'PYTHON'

@@ -21,7 +21,8 @@ from edgekv.errors import EdgekvError
 COMMANDS = {
     "pull": "Fetch a model and print its path.",
     "calibrate": "Compute Q-Filters for a model.",
-    "convert": "Write a model with Q-Filters in its metadata.",
+    "convert": "Write a model or checkpoint as GGUF with Q-Filters in its metadata.",
+    "filters": "Export Q-Filters and compare them.",
     "chat": "Talk with a model about more than its KV cache holds.",
     "run": "Answer a prompt with a bounded KV cache.",
     "inspect": "Show a model's Q-Filters and what its KV cache costs.",
