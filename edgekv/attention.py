@@ -150,6 +150,38 @@ def decode_steps(
     return [np.concatenate(q) for q in queries], pages
 
 
+def context_for(gguf: GGUF, length: int | None, n_steps: int, n_before: int) -> int:
+    """Tokens of context for judging ``n_steps`` steps with at least ``n_before`` tokens before them.
+
+    EdgekvError, naming the flag, if the model was not trained on so many or they are too few.
+    """
+    if length is not None and length > gguf.context_length:
+        raise EdgekvError(f"--length {length}: the model was trained on {gguf.context_length} tokens of context")
+    n_ctx = length or min(MAX_TOKENS, gguf.context_length)
+    if n_steps + n_before > n_ctx:
+        raise EdgekvError(f"--steps {n_steps}: leaves too little to read before them of {n_ctx} tokens")
+    return n_ctx
+
+
+def first_tokens(session: Session, text: str, n: int, length: int | None, n_steps: int, n_before: int,
+                 source: str) -> list[int]:
+    """The first n tokens of a text, or all if there are fewer; of a long text no more is tokenised than is needed.
+
+    EdgekvError, naming ``source``, unless they are enough for what :func:`context_for` takes.
+    """
+    size = 16 * n
+    while True:
+        tokens = session.tokenize(text[:size])
+        if size >= len(text) or len(tokens) >= 2 * n:  # where a text is cut, the tokens around are others
+            break
+        size *= 4
+    tokens = tokens[:n]
+    if len(tokens) < max(length or 0, n_steps + n_before):
+        wanted = f"--length {length} asks for more" if length else f"more than --steps {n_steps} are needed"
+        raise EdgekvError(f"{source}: {len(tokens)} tokens are too few, {wanted}")
+    return tokens
+
+
 def measure(
     path: str | os.PathLike[str],
     text: str,
@@ -172,18 +204,11 @@ def measure(
     """
     gguf = GGUF(path)
     score = Score.of(gguf)
-    if length is not None and length > gguf.context_length:
-        raise EdgekvError(f"--length {length}: the model was trained on {gguf.context_length} tokens of context")
-    n_ctx = length or min(MAX_TOKENS, gguf.context_length)
-    if n_steps >= n_ctx:
-        raise EdgekvError(f"--steps {n_steps}: leaves nothing to read before them of {n_ctx} tokens")
+    n_ctx = context_for(gguf, length, n_steps, 1)
 
     with Session(path, n_ctx=n_ctx, n_threads=n_threads, flash_attn=True, selection=selection,
                  tap_queries=True) as session:
-        tokens = session.tokenize(text)[:n_ctx]
-        if len(tokens) < max(length or 0, n_steps + 1):
-            wanted = f"--length {length} asks for more" if length else f"more than --steps {n_steps} are needed"
-            raise EdgekvError(f"{source}: {len(tokens)} tokens are too few, {wanted}")
+        tokens = first_tokens(session, text, n_ctx, length, n_steps, 1, source)
         layers = session.layers()
         judged = [i for i, layer in enumerate(layers) if layer.il >= selection.dense_layers]
         if not judged:

@@ -162,22 +162,16 @@ def measure(
         raise EdgekvError(f"{path}: has no Q-Filters; edgekv convert {path} --with-qfilters adds them")
     filters.validate(gguf)
 
-    from edgekv.attention import MAX_TOKENS, Score
+    from edgekv.attention import Score, context_for, first_tokens
     from edgekv.progress import bar
     from edgekv.session import Session
 
     score = Score.of(gguf)
-    n_max = length or min(MAX_TOKENS, gguf.context_length)
-    if n_max > gguf.context_length:
-        raise EdgekvError(f"--length {length}: the model was trained on {gguf.context_length} tokens of context")
-    if n_steps + N_SINKS + 2 > n_max:
-        raise EdgekvError(f"--steps {n_steps}: leaves no keys to judge before them of {n_max} tokens")
+    n_before = N_SINKS + 2  # a rank correlation needs two keys
+    n_ctx = context_for(gguf, length, n_steps, n_before)
 
-    with Session(path, n_ctx=n_max, n_threads=n_threads, flash_attn=True, tap_queries=True) as session:
-        tokens = _first_tokens(session, text, n_max)
-        if len(tokens) < max(length or 0, n_steps + N_SINKS + 2):
-            wanted = f"--length {length} asks for more" if length else f"more than --steps {n_steps} are needed"
-            raise EdgekvError(f"{source}: {len(tokens)} tokens are too few, {wanted}")
+    with Session(path, n_ctx=n_ctx, n_threads=n_threads, flash_attn=True, tap_queries=True) as session:
+        tokens = first_tokens(session, text, n_ctx, length, n_steps, n_before, source)
         cached = {layer.il for layer in session.layers()}
         vectors = {il: v for il, v in zip(filters.layers, filters.vectors) if il in cached}
         if not vectors:
@@ -186,16 +180,6 @@ def measure(
             found = judge(session, vectors, tokens, n_steps, score, advance)
     return FilterQuality(list(vectors), **{name: _padded(layers) for name, layers in found.items()},
                          n_tokens=len(tokens), n_steps=n_steps)
-
-
-def _first_tokens(session, text: str, n: int) -> list[int]:
-    """The first n tokens of a text, or all if there are fewer; of a long text no more is tokenised than is needed."""
-    size = 16 * n
-    while True:
-        tokens = session.tokenize(text[:size])
-        if size >= len(text) or len(tokens) >= 2 * n:  # where a text is cut, the tokens around are others
-            return tokens[:n]
-        size *= 4
 
 
 def _padded(layers: list[np.ndarray]) -> np.ndarray:

@@ -188,7 +188,7 @@ def test_many_heads(tmp_path, text):
     ("tokens are too few, --length 2000 asks for more", ["--attention", "-f", "TEXT", "--length", 2000], 1),
     ("tokens are too few, more than --steps 1500 are needed", ["--attention", "-f", "TEXT", "--steps", 1500], 1),
     ("--length 5000: the model was trained on 2048", ["--attention", "-f", "TEXT", "--length", 5000], 1),
-    ("--steps 64: leaves nothing to read", ["--attention", "-f", "TEXT", "--length", 64], 1),
+    ("--steps 64: leaves too little to read", ["--attention", "-f", "TEXT", "--length", 64], 1),
     ("--kv-dense-layers 9: leaves no layer", ["--attention", "-f", "TEXT", "--kv-dense-layers", 9], 1),
     ("--kv-select-budget 31: must be two pages", ["--attention", "-f", "TEXT", "--kv-select-budget", 31], 1),
     ("--kv-select-budget x8: give a number", ["--attention", "-f", "TEXT", "--kv-select-budget", "x8"], 1),

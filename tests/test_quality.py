@@ -348,7 +348,7 @@ def test_stored_report_is_shown(model, with_filters, tmp_path):
     ("-f TEXT: 1354 tokens are too few, --length 2000 asks for more", ["--quality", "-f", "TEXT", "--length", 2000], 1),
     ("-f TEXT: 1354 tokens are too few, more than --steps 1500", ["--quality", "-f", "TEXT", "--steps", 1500], 1),
     ("--length 5000: the model was trained on 2048", ["--quality", "--length", 5000], 1),
-    ("--steps 64: leaves no keys to judge", ["--quality", "--length", 69], 1),
+    ("--steps 64: leaves too little to read", ["--quality", "--length", 69], 1),
     ("--plot x.pdf: give a file that ends in .png or .svg", ["--plot", "x.pdf"], 1),
     ("--plot x: give a file that ends in .png or .svg", ["--quality", "--plot", "x"], 1),
     ("no folder that can be written to", ["--quality", "--plot", "/nowhere/x.png"], 1),
