@@ -55,9 +55,10 @@ def calibrate(
         text_files: UTF-8 texts of the user's own; default :func:`default_text`.
 
     Raises:
-        EdgekvError: the model or a text cannot be read, or the text is too short.
+        EdgekvError: the model or a text cannot be read, evictions do not work on the model, or the text is too short.
     """
     gguf = GGUF(path)
+    native.cache_layers(path)  # a model that cannot be evicted from needs no filters, and this says why
     fingerprint = model_fingerprint(gguf)
     files = [Path(file) for file in text_files]
     texts = [read_text(file) for file in files] or [default_text()]

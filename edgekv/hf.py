@@ -50,7 +50,8 @@ def to_gguf(folder: str | os.PathLike[str], out: str | os.PathLike[str], outtype
             is damaged, or ``out`` cannot be written.
     """
     check(folder)
-    command = [sys.executable, os.fspath(CONVERTER), os.fspath(folder), "--outfile", os.fspath(out), "--outtype", outtype]
+    command = [sys.executable, os.fspath(CONVERTER), os.fspath(folder), "--outfile", os.fspath(out),
+               "--outtype", outtype]
     if name is not None:
         command += ["--model-name", name]
     last: deque[str] = deque(maxlen=200)

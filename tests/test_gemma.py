@@ -8,6 +8,7 @@ import pytest
 
 from edgekv.calibrate import calibrate
 from edgekv.gguf_file import GGUF
+from edgekv.quality import measure, stored
 from edgekv.session import Session
 from edgekv.settings import EvictionSettings
 
@@ -35,12 +36,17 @@ def filters(model):
 
 
 @pytest.fixture(scope="module")
-def text(model):
+def prose():
     from pydoc_data.topics import topics
 
+    # from the end, which calibration has seen least of
+    return "\n\n".join(topics[name] for name in sorted(topics, reverse=True))
+
+
+@pytest.fixture(scope="module")
+def text(model, prose):
     with Session(model, n_ctx=256) as s:
-        # from the end, which calibration has seen least of
-        return s.tokenize("\n\n".join(topics[name] for name in sorted(topics, reverse=True)))[:N_CTX]
+        return s.tokenize(prose)[:N_CTX]
 
 
 def loss_of(model, text, settings=None, filters=None) -> tuple[float, Session]:
@@ -60,6 +66,18 @@ def loss_of(model, text, settings=None, filters=None) -> tuple[float, Session]:
 def test_filters_are_for_the_full_layers(model, filters):
     assert filters.layers == FULL and filters.head_size == [256] * 3 and filters.head_count_kv == [1] * 3
     filters.validate(GGUF(model))
+
+
+def test_how_well_they_fit_a_model_with_qk_norm(model, filters, prose):
+    """The report of the calibration, and the same measured on another text."""
+    print()
+    for what, found in (("stored by calibration", stored(filters)), ("4,096 tokens", measure(model, prose, filters=filters))):
+        print(f"  {what}: rank correlation with attention {found.spearman.mean():.3f} (least {found.spearman.min():.3f}), "
+              f"K-norm {found.spearman_knorm.mean():.3f}, {len(found.marked_heads())} heads marked")
+        assert found.layers == FULL and found.spearman.min() > 0.2 and found.spearman.mean() > found.spearman_knorm.mean()
+        assert found.marked_heads() == []
+    report = stored(filters)
+    print(f"  one-sided {report.one_sided.mean():.3f} (least {report.one_sided.min():.3f}), energy {report.energy.mean():.3f}")
 
 
 def test_loss_and_memory_at_8k(model, text, filters):

@@ -24,8 +24,7 @@ from test_filters import REFERENCE
 pytestmark = pytest.mark.slow
 
 PROMPTS = ("What is the capital of France?", "What is 2 + 2?", "Translate to French: Good morning.",
-           "How many days are in a week?", "Which ocean is the largest?", "Who painted the Mona Lisa?", "List three fruits.",
-           "Write one sentence about the sea.")
+           "How many days are in a week?", "Which ocean is the largest?", "Who painted the Mona Lisa?")
 N_ANSWER = 40
 EOS = 2
 
@@ -94,7 +93,8 @@ def test_same_answers(converted, smollm2_checkpoint, smollm2, tmp_path):
             tokens = session.tokenize(chat_prompt(prompt))
         with torch.inference_mode():
             ids = torch.tensor([tokens])
-            theirs = original.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=N_ANSWER, do_sample=False)
+            theirs = original.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=N_ANSWER,
+                                       do_sample=False)
             theirs = theirs[0, len(tokens):].tolist()
             logits = original(torch.tensor([tokens + theirs])).logits[0, len(tokens) - 1:]
         assert greedy(exact, tokens, N_ANSWER, type_k="f32", type_v="f32") == theirs
@@ -123,7 +123,8 @@ def test_torch_gives_the_same_filters(converted, smollm2_checkpoint, tmp_path):
     done = edgekv("convert", smollm2_checkpoint, "--outtype", "q8_0", "--with-qfilters", "--calibrate-with", "torch",
                   "-o", tmp_path / "torch.gguf")
     assert done.returncode == 0, done.stderr
-    ours, theirs = (np.concatenate(read(GGUF(path)).vectors).astype(np.float64) for path in (converted, tmp_path / "torch.gguf"))
+    ours, theirs = (np.concatenate(read(GGUF(path)).vectors).astype(np.float64)
+                    for path in (converted, tmp_path / "torch.gguf"))
     cosines = (ours * theirs).sum(axis=1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
     print(f"cosine of {len(cosines)} heads: median {np.median(cosines):.5f}, least {cosines.min():.5f}")
     assert np.median(cosines) >= 0.99

@@ -20,7 +20,8 @@ from edgekv.quantize import TYPES
 
 @click.command()
 @model_option(resolve=False)
-@click.option("--outtype", metavar="TYPE", type=click.Choice([*dict.fromkeys((*OUTTYPES, *TYPES))], case_sensitive=False),
+@click.option("--outtype", metavar="TYPE",
+              type=click.Choice([*dict.fromkeys((*OUTTYPES, *TYPES))], case_sensitive=False),
               help="The weights' type: auto, f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, ... "
                    "[default: of a GGUF its own; of a checkpoint auto, its nearest 16-bit type].")
 @click.option("--with-qfilters", is_flag=True, help="Add Q-Filters (calibrates unless --qfilters is given).")
@@ -34,7 +35,7 @@ from edgekv.quantize import TYPES
 @click.option("--text", "texts", metavar="FILE", type=click.Path(), multiple=True,
               help="Text to calibrate on instead of the built-in one; may be given again.")
 @click.option("-o", "--output", metavar="OUT", type=click.Path(),
-              help="The new file [default: MODEL's name with -TYPE and -qfilters; a checkpoint's in the working folder].")
+              help="The new file [default: MODEL's name with -TYPE and -qfilters; of a checkpoint in the working folder].")
 @click.option("-t", "--threads", type=click.IntRange(min=1), help="Threads [default: all cores].")
 def convert(model: str, outtype: str | None, with_qfilters: bool, source: str | None, force: bool, calibrate_with: str,
             device: str | None, texts: tuple[str, ...], output: str | None, threads: int | None) -> None:

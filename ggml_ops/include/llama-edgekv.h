@@ -152,7 +152,8 @@ LLAMA_API int64_t llama_edgekv_rows(struct llama_context * ctx, llama_seq_id seq
                                     bool v, void * out, uint64_t out_size);
 
 // Calibration (tap_queries): for query head i_head of cache layer i_layer, the uncentred second moment
-// sum q q^T [head_size, head_size] and the sum [head_size] of all post-RoPE queries so far, in float64.
+// sum q q^T [head_size, head_size] and the sum [head_size] of all post-RoPE queries so far, in float64; where several
+// layers of the model read this cache layer, of all of them.
 // Returns the number of queries in them, -1 on error.
 LLAMA_API int64_t llama_edgekv_tap_get(struct llama_context * ctx, int32_t i_layer, int32_t i_head, double * moment, double * sum);
 

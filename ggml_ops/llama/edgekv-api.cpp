@@ -303,10 +303,25 @@ int64_t llama_edgekv_tap_get(llama_context * ctx, int32_t i_layer, int32_t i_hea
     }
 
     const size_t n = layer->n_embd;
-    std::copy_n(layer->moments.begin() + i_head*n*n, n*n, moment);
-    std::copy_n(layer->sums.begin()    + i_head*n,   n,   sum);
+    std::fill_n(moment, n*n, 0.0);
+    std::fill_n(sum,    n,   0.0);
 
-    return layer->count;
+    int64_t count = 0;
+    for (const int32_t il : llama_edgekv_evictor::readers(*find_cache(ctx), i_layer)) {
+        const auto & reader = ctx->get_cparams().edgekv->tap->layers[il];
+        if (reader.n_head != layer->n_head || reader.n_embd != layer->n_embd) {
+            llama_edgekv_set_error(format("layer %d reads cache layer %d with other heads than its own", il, i_layer));
+            return -1;
+        }
+        for (size_t i = 0; i < n*n; ++i) {
+            moment[i] += reader.moments[i_head*n*n + i];
+        }
+        for (size_t i = 0; i < n; ++i) {
+            sum[i] += reader.sums[i_head*n + i];
+        }
+        count += reader.count;
+    }
+    return count;
 }
 
 int64_t llama_edgekv_tap_queries(llama_context * ctx, int32_t i_layer, float * out, int64_t n_max) {

@@ -219,6 +219,17 @@ llama_pos llama_edgekv_evictor::floor(uint32_t strm) const {
     return res;
 }
 
+std::vector<int32_t> llama_edgekv_evictor::readers(const llama_kv_cache & kv, size_t i_layer) {
+    std::vector<int32_t> res;
+    for (const auto & [il, ikv] : kv.map_layer_ids) {
+        if ((size_t) ikv == i_layer) {
+            res.push_back(il);
+        }
+    }
+    std::sort(res.begin(), res.end());
+    return res;
+}
+
 llama_edgekv_plan llama_edgekv_evictor::plan(const llama_ubatch & ubatch) {
     llama_edgekv_plan res;
 

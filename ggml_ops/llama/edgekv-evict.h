@@ -47,6 +47,9 @@ public:
             std::vector<ggml_backend_t> backends,
             std::vector<ggml_backend_buffer_type_t> bufts);
 
+    // the layers of the model that read a cache layer: the one that writes it and, where layers share, others behind it
+    static std::vector<int32_t> readers(const llama_kv_cache & kv, size_t i_layer);
+
     // metadata half: evict what has to go before this ubatch; not ok if the ubatch would exceed the context
     llama_edgekv_plan plan(const llama_ubatch & ubatch);
     void              undo(const llama_edgekv_plan & plan);
