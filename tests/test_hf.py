@@ -29,8 +29,9 @@ N_ANSWER = 40
 EOS = 2
 
 
-def edgekv(*args, cwd=None, command=EDGEKV):
-    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=500, cwd=cwd)
+def edgekv(*args, cwd=None, command=EDGEKV, env={}):
+    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=500, cwd=cwd,
+                          env={**os.environ, **env})
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +174,27 @@ def test_k_quants_in_one_command(smollm2_checkpoint, tmp_path):
     answer = llama.create_chat_completion([{"role": "user", "content": PROMPTS[0]}], temperature=0, max_tokens=20)
     print(answer["choices"][0]["message"]["content"])
     assert answer["usage"]["completion_tokens"] > 1
+
+
+def test_from_the_hub(smollm2_checkpoint, smollm2, tmp_path):
+    """Checkpoint and published filters by their names on a hub, which is on the loopback interface."""
+    from hub_server import Hub
+    from safetensors.numpy import save_file
+
+    (tmp_path / "hub" / "org").mkdir(parents=True)
+    (tmp_path / "hub" / "org" / "SmolLM2").symlink_to(smollm2_checkpoint)
+    (tmp_path / "hub" / "org" / "SmolLM2_qfilt").mkdir()
+    rows = np.random.default_rng(0).standard_normal((30, 3, 64), np.float32)
+    save_file({"q_filters": rows}, tmp_path / "hub" / "org" / "SmolLM2_qfilt" / "model.safetensors")
+    (tmp_path / "work").mkdir()
+    with Hub(tmp_path / "hub") as server:
+        done = edgekv("convert", "org/SmolLM2", "--outtype", "q4_0", "--with-qfilters", "--qfilters", "org/SmolLM2_qfilt",
+                      cwd=tmp_path / "work", env={"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")})
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "work" / "SmolLM2-q4_0-qfilters.gguf"
+    assert done.stdout.strip() == str(path) and os.listdir(path.parent) == [path.name]
+    halves = np.stack(read(GGUF(path)).vectors).reshape(30, 3, 32, 2).swapaxes(2, 3).reshape(30, 3, 64)
+    assert (halves == -rows).all() and GGUF(path).name == "SmolLM2"
 
 
 # --- what can be wrong ----------------------------------------------------------------------------------------------

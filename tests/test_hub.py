@@ -393,6 +393,17 @@ def test_errors_of_names(server, fails):
     fails("hf:a--b/c: cannot be fetched: Cannot have -- or .. in repo_id", "inspect", "hf:a--b/c")
 
 
+def test_convert_of_what_the_hub_does_not_give(server, fails, nobody, tmp_path, monkeypatch):
+    """Before anything is written: no new file in the working folder, which is where it would be."""
+    monkeypatch.chdir(tmp_path)
+    publish(server, "org/name", {"m.gguf": b"GGUF"})
+    command = ("convert", "org/none", "--with-qfilters")
+    fails("org/none: no such model on the hub, or it is private or gated: check the name, or set HF_TOKEN", *command)
+    fails("org/name: holds GGUF files and no checkpoint; name one of them", "convert", "org/name")
+    fails("org/none: the hub cannot be reached: ", *command, HF_ENDPOINT=nobody)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_errors_of_the_hub(server, ask, fails, nobody):
     publish(server, "org/name", {"m.gguf": b"GGUF" * 1000})
     model = ("inspect", "hf:org/name/m.gguf")
