@@ -61,10 +61,11 @@ def _split(text: str) -> tuple[str, str | None]:
     return m["repo"], m["revision"]
 
 
-def snapshot(repo_id: str, patterns: Sequence[str]) -> Path:
+def snapshot(repo_id: str, patterns: Sequence[str], max_bytes: int | None = None) -> Path:
     """The folder of a repository in the cache, with the files that match any of ``patterns`` (* matches / too).
 
-    Other files may lie there too. EdgekvError if none matches, or if they cannot be fetched.
+    Other files may lie there too. EdgekvError if none matches, if together they are larger than ``max_bytes``, or if they
+    cannot be fetched.
     """
     repo, revision = _split(repo_id)
     with _one_line(repo_id):
@@ -72,6 +73,10 @@ def snapshot(repo_id: str, patterns: Sequence[str]) -> Path:
         names = [name for name in found.files if any(fnmatchcase(name, p) for p in patterns)]
         if not names:
             raise found.failure or EdgekvError(f"holds no {' or '.join(patterns)}; it holds {_listed(found.files)}")
+        size = sum(found.files[name].size for name in names)
+        if max_bytes is not None and size > max_bytes:
+            raise EdgekvError(f"holds {size / 2**30:,.2f} GiB of {' and '.join(patterns)}: too much for what is asked of it; "
+                              "is it the right name?")
         return _fetch(repo, revision, found, sorted(names, key=lambda name: found.files[name].size))
 
 

@@ -61,7 +61,7 @@ def find(source: str | os.PathLike[str], *, flag: str) -> Path:
     path, text = Path(source), os.fspath(source)
     if not os.path.lexists(path) and hub.is_repo_id(text):
         try:
-            path = hub.snapshot(hub.repo_id(text), ["*.safetensors", "config.json"])
+            path = hub.snapshot(hub.repo_id(text), ["*.safetensors"], MAX_BYTES)
         except EdgekvError as error:
             raise EdgekvError(f"{flag} {error}") from None
     try:

@@ -189,7 +189,8 @@ def test_from_the_hub(smollm2_checkpoint, smollm2, tmp_path):
     (tmp_path / "work").mkdir()
     with Hub(tmp_path / "hub") as server:
         done = edgekv("convert", "org/SmolLM2", "--outtype", "q4_0", "--with-qfilters", "--qfilters", "org/SmolLM2_qfilt",
-                      cwd=tmp_path / "work", env={"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")})
+                      cwd=tmp_path / "work", env={"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "",
+                           "NO_PROXY": "127.0.0.1"})
     assert done.returncode == 0, done.stderr
     path = tmp_path / "work" / "SmolLM2-q4_0-qfilters.gguf"
     assert done.stdout.strip() == str(path) and os.listdir(path.parent) == [path.name]

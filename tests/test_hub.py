@@ -437,6 +437,9 @@ def test_no_space(server, ask, home, fails):
     fails(f"hf:org/name/b.gguf: {GIB:,}.00 GiB to fetch, but {home}", "inspect", "hf:org/name/b.gguf")
     assert ask(("file", "org/name", "a.gguf")).endswith("a.gguf")  # what is there takes no space
 
+    # a whole model where a small file is expected
+    assert ask(("snapshot", "org/name", ["*.gguf"], 1 << 20)).endswith("too much for what is asked of it; is it the right name?")
+
     server.announced.clear()
     home.joinpath("file").write_bytes(b"")
     fails(f"cannot be kept in the cache ({home / 'file'}", "inspect", "hf:org/name/b.gguf", HF_HOME=str(home / "file"))
