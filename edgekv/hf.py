@@ -19,6 +19,8 @@ CONVERTER = Path(__file__).parent / "_converter" / "convert_hf_to_gguf.py"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
 _PERCENT = re.compile(r"Writing: +(\d+)%")
+# of NumPy's own writing only the last is known
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|OSError: \d+ requested and \d+ written")
 _FAILURE = re.compile(r"^(?:ERROR:[\w.-]+:|[\w.]*(?:Error|Exception)\b)")
 
 
@@ -76,8 +78,7 @@ def to_gguf(folder: str | os.PathLike[str], out: str | os.PathLike[str], outtype
 
 
 def _why(folder: Path, out: Path, lines: list[str], status: int) -> str:
-    text = "\n".join(lines)
-    if "No space left on device" in text or "Disk quota exceeded" in text:
+    if _FULL.search("\n".join(lines)):
         return f"{out}: the disk is full; free some space or write elsewhere"
     failures = [line for line in lines if _FAILURE.match(line)]
     reason = failures[-1].split(":", 2)[-1].strip() if failures and failures[-1].startswith("ERROR:") else (

@@ -56,14 +56,15 @@ def quantize(
 
         def each(line: str) -> None:
             nonlocal done
+            # a tensor's line may end in an error
+            if "failed to quantize" in line or "rror" in line:
+                errors.append(line)
             if found := _TENSOR.match(line):
                 advance(int(found[1]) - done)
                 done = int(found[1])
             elif found := _FALLBACK.search(line):
                 say(f"{found[1]} of {found[2]} tensors cannot be {outtype} (their rows are no multiple of its blocks) "
                     "and take a larger type")
-            elif "failed to quantize" in line or "rror" in line:
-                errors.append(line)
 
         # with this process' import path: -m would put the working folder before it
         code = f"import sys; sys.path[:] = {sys.path!r}; from edgekv import quantize; quantize.main(*sys.argv[1:])"
