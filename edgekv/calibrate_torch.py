@@ -117,7 +117,6 @@ def calibrate(
     folder: str | os.PathLike[str],
     gguf: GGUF | str | os.PathLike[str],
     *,
-    layers: list[int],
     text_files: Iterable[str | os.PathLike[str]] = (),
     device: str | None = None,
     n_threads: int | None = None,
@@ -130,7 +129,6 @@ def calibrate(
     no code that the checkpoint brings along is run.
 
     Args:
-        layers: the model layers that need filters: those of :func:`edgekv.native.cache_layers`.
         text_files: UTF-8 texts of the user's own.
         device: as torch names it; default: the GPU if there is one.
         n_threads: default: torch's own choice.
@@ -148,7 +146,7 @@ def calibrate(
     pairs = permuted(gguf.architecture)
     files = [Path(file) for file in text_files]
     texts = [read_text(file) for file in files] or [default_text()]
-    shapes = {layer.il: layer for layer in native.cache_layers(gguf.path) if layer.il in layers}
+    shapes = {layer.il: layer for layer in native.cache_layers(gguf.path)}
     with _Vocabulary(gguf.path) as vocabulary:
         where = ", ".join(map(str, files)) or "the default text"
         sequences = token_sequences(vocabulary, texts, min(SEQUENCE_TOKENS, gguf.context_length), where)

@@ -45,14 +45,15 @@ def quantize(
     Raises:
         EdgekvError: ``src`` cannot be read or is quantised already, or ``dst`` cannot be written.
     """
-    for tensor in GGUF(src).tensors.values():
+    tensors = GGUF(src).tensors
+    for tensor in tensors.values():
         if tensor.type_name not in _UNQUANTISED:
             raise EdgekvError(f"--outtype {outtype}: {src} is quantised already ({tensor.name} is {tensor.type_name}); "
                               "start from its F16, BF16 or F32 file, or from the checkpoint")
 
     errors: list[str] = []
     done = 0
-    with bar(f"quantising to {outtype}", len(GGUF(src).tensors), "tensors", show=progress) as advance:
+    with bar(f"quantising to {outtype}", len(tensors), "tensors", show=progress) as advance:
 
         def each(line: str) -> None:
             nonlocal done

@@ -15,7 +15,7 @@ from tinymodel import write_tiny_model
 
 pytestmark = pytest.mark.slow
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs torch, which tools/test --slow installs")
 transformers = pytest.importorskip("transformers")
 
 N_TOKENS, BASE, EPS = 40, 10000.0, 1e-6
@@ -225,8 +225,8 @@ def cosines(one, other):
 
 
 def with_torch(pair, **options):
-    gguf, folder, text, layers = pair
-    return calibrate_torch.calibrate(folder, gguf, layers=layers, text_files=[text], device="cpu", **options)
+    gguf, folder, text, _ = pair
+    return calibrate_torch.calibrate(folder, gguf, text_files=[text], device="cpu", **options)
 
 
 def test_same_filters_as_on_the_gguf(pair):
@@ -278,11 +278,11 @@ def test_pieces_need_a_cache_of_keys_alone():
 
 
 def test_what_can_go_wrong(pair, tmp_path, monkeypatch):
-    gguf, good, text, layers = pair
+    gguf, good, text, _ = pair
 
     def fails(match, folder, **options):
         with pytest.raises(EdgekvError, match=match) as caught:
-            calibrate_torch.calibrate(folder, gguf, layers=layers, text_files=[text], **{"device": "cpu", **options})
+            calibrate_torch.calibrate(folder, gguf, text_files=[text], **{"device": "cpu", **options})
         assert "\n" not in str(caught.value)
 
     def variant(name, **changed):

@@ -121,8 +121,7 @@ def test_published_filters(case, tmp_path):
 @evicted
 def test_calibrated_with_torch(case):
     def theirs():
-        return calibrate_torch.calibrate(case.folder, case.path, layers=case.filters.layers,
-                                         text_files=[case.text_file], n_threads=1)
+        return calibrate_torch.calibrate(case.folder, case.path, text_files=[case.text_file], n_threads=1)
 
     if case.family.unordered:
         with pytest.raises(EdgekvError, match=re.escape(case.family.unordered)):

@@ -161,11 +161,9 @@ def _filters(gguf_path: Path, source: str | None, texts: tuple[str, ...], thread
 
         return load(source, gguf)
     if checkpoint is not None:
-        from edgekv import native
         from edgekv.calibrate_torch import calibrate
 
-        return calibrate(checkpoint, gguf, layers=[layer.il for layer in native.cache_layers(gguf_path)],
-                         text_files=texts, device=device, n_threads=threads, progress=True)
+        return calibrate(checkpoint, gguf, text_files=texts, device=device, n_threads=threads, progress=True)
     from edgekv.calibrate import calibrate
 
     return calibrate(gguf_path, text_files=texts, n_threads=threads, progress=True)
