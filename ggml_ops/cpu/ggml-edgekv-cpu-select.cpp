@@ -25,6 +25,7 @@ constexpr int64_t PART_MIN = 64;
 constexpr int64_t PART_MAX = 512;
 constexpr int64_t AHEAD = 32; // cells that are fetched before their turn
 constexpr int64_t PAGES = 8;  // that are scored at once
+constexpr int64_t MAX_GROUP = 512; // query heads of a KV head
 constexpr float   INF   = std::numeric_limits<float>::infinity();
 
 // --- counters --------------------------------------------------------------------------------------------------------
@@ -398,8 +399,7 @@ void page_scores(const ggml_compute_params * params, ggml_tensor * dst) {
     float * split  = (float *) ((char *) params->wdata + params->ith*((n_head*2*n + group*PAGES)*sizeof(float) + EDGEKV_WORK_PAD));
     float * scores = split + n_head*2*n;
 
-    const float * heads[512];
-    GGML_ASSERT(group <= 512);
+    const float * heads[MAX_GROUP];
 
     const edgekv_range r = edgekv_share(n_pages, params);
 
@@ -676,7 +676,7 @@ void attend(const piece & c, const piece * then, float * partial, float * scratc
         return then && i < then->n_reads() ? then->read(i) : ahead();
     };
 
-    const float * heads[512];
+    const float * heads[MAX_GROUP];
     for (int64_t j = 0; j < a.group; ++j) {
         heads[j] = (const float *) ((const char *) a.q->data + c.t*a.q->nb[1] + (c.h*a.group + j)*a.q->nb[2] + c.s*a.q->nb[3]);
     }
@@ -773,7 +773,6 @@ void combine(const attention & a, int64_t unit, const float * partials) {
 
 void attn(const ggml_compute_params * params, ggml_tensor * dst) {
     const attention a(dst);
-    GGML_ASSERT(a.group <= 512);
 
     const int64_t n_items = a.n_units()*a.n_parts;
 
@@ -843,9 +842,16 @@ size_t ggml_edgekv_cpu_select_work_size(const ggml_tensor * dst, int n_tasks) {
 }
 
 bool ggml_edgekv_cpu_select_supports_op(const ggml_tensor * op) {
+    const ggml_tensor * const * src = op->src;
+
     switch (op->op) {
-        case GGML_OP_EDGEKV_SUMMARIZE: return edgekv_converts(op->src[1]->type);
-        case GGML_OP_EDGEKV_ATTN:      return edgekv_converts(op->src[1]->type) && edgekv_converts(op->src[2]->type);
-        default:                       return true;
+        case GGML_OP_EDGEKV_SUMMARIZE:
+            return edgekv_converts(src[1]->type);
+        case GGML_OP_EDGEKV_PAGE_SCORES:
+            return src[0]->ne[2]/src[1]->ne[1] <= MAX_GROUP;
+        case GGML_OP_EDGEKV_ATTN:
+            return edgekv_converts(src[1]->type) && edgekv_converts(src[2]->type) && src[0]->ne[2]/src[1]->ne[1] <= MAX_GROUP;
+        default:
+            return true;
     }
 }

@@ -1,4 +1,4 @@
-// Constructors of selection: they assert the contracts of ggml-edgekv.h and record parameters, nothing else.
+// Constructors of selection, as those in ggml-edgekv.c.
 
 #include "ggml-edgekv.h"
 #include "ggml-impl.h"
@@ -97,6 +97,7 @@ struct ggml_tensor * ggml_edgekv_choose_pages(
 
     ggml_set_op_params_i32(result, 0, (int32_t) page_size);
     ggml_set_op_params_i32(result, 1, (int32_t) n_first);
+    ggml_set_op_params_i32(result, 2, (int32_t) scores->ne[0]);
 
     result->op     = GGML_OP_EDGEKV_CHOOSE_PAGES;
     result->src[0] = scores;
@@ -142,6 +143,7 @@ struct ggml_tensor * ggml_edgekv_attn(
     ggml_set_op_params_i32(result, 0, (int32_t) page_size);
     ggml_set_op_params_f32(result, 1, scale);
     ggml_set_op_params_f32(result, 2, softcap);
+    ggml_set_op_params_i32(result, 3, (int32_t) keys->ne[1]);
 
     result->op     = GGML_OP_EDGEKV_ATTN;
     result->src[0] = q;

@@ -54,7 +54,7 @@ GGML_API struct ggml_tensor * ggml_edgekv_choose(
         int64_t               n_chosen);
 
 // In place: row i of KV head h becomes what row chosen[i, h] was before the call, bit for bit; rows from n_chosen on
-// are left with unspecified old content.
+// are left with unspecified old content; nothing outside of the rows is touched.
 //   rows   [head_size, n_head_kv, n_cells], any cache type. Either the elements of a row are adjacent (nb[0] is the
 //          type's size), or the type is not quantised and a row is strided (a transposed V, nb[2] is the type's size)
 //   chosen [n_chosen, n_head_kv] I32, contiguous, strictly ascending per KV head, so chosen[i, h] >= i
@@ -74,11 +74,11 @@ GGML_API struct ggml_tensor * ggml_edgekv_compact(
 //   q         [head_size, n_tokens, n_head, n_stream]      F32, the elements of a row adjacent, any other nb
 //   keys      [head_size, n_head_kv, n_cells, n_stream]    any cache type, the elements of a row adjacent, any other nb
 //   values    [head_size_v, n_head_kv, n_cells, n_stream]  as keys
-//   mask      [n_cells, n_tokens, 1, n_stream]             F16, contiguous: added to the scores, -inf where a token may
+//   mask      [n_cells, n_tokens or more, 1, n_stream]     F16, contiguous: added to the scores, -inf where a token may
 //                                                          not look; a cell is visible if it is not -inf
 //   summaries [2*head_size, n_head_kv, n_pages, n_stream]  F16, each stream contiguous: per page and KV head the maximum
 //                                                          of each channel of the keys, then the minima
-//   pages     [n_chosen, n_head_kv, n_tokens, n_stream]    I32, ascending page numbers, then -1
+//   pages     [n_chosen, n_head_kv, n_tokens, n_stream]    I32, strictly ascending pages with cells, then -1
 //
 // n_head is a multiple of n_head_kv: query head h belongs to KV head h/(n_head/n_head_kv).
 
@@ -95,8 +95,8 @@ GGML_API struct ggml_tensor * ggml_edgekv_summarize(
         int64_t               page_size);
 
 // A bound on the scores in each page: the greatest, over the query heads of the group, of
-// sum_i max(q_i*max_i, q_i*min_i). Not below any <q, key> of the page but for the rounding of an F32 sum; +inf where a
-// bound is infinite.
+// sum_i max(q_i*max_i, q_i*min_i). Not below any <q, key> of the page but for the rounding of an F32 sum; may be +inf where
+// one of its maxima or minima is infinite.
 //   result [n_pages, n_head_kv, n_tokens, n_stream] F32
 GGML_API struct ggml_tensor * ggml_edgekv_page_scores(
         struct ggml_context * ctx,
@@ -135,8 +135,9 @@ GGML_API struct ggml_tensor * ggml_edgekv_attn(
         float                 softcap);
 
 // Statistics of an operator of selection: each computation adds to counters
-//   counters [4] I64, contiguous: nanoseconds of the first thread, computations, and, for choose_pages only, the pages
-//            chosen and those that had a visible cell, over all KV heads, tokens and streams
+//   counters [4] I64, contiguous: nanoseconds of the first thread (GPUs add none), computations (GPUs count those of
+//            summarize and choose_pages), and, for choose_pages only, the pages chosen and those that had a visible cell,
+//            over all KV heads, tokens and streams
 // They become the operator's last source.
 #define GGML_EDGEKV_SRC_COUNTERS (GGML_MAX_SRC - 1)
 
