@@ -44,6 +44,7 @@ from edgekv import _runtime, native
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.llama import load_filters
+from edgekv.rpc import exit_on_loss
 from edgekv.session import CACHE_TYPES, Session, default_threads
 from edgekv.settings import EvictionSettings, SelectionSettings
 
@@ -65,6 +66,7 @@ class Setting:
     n_threads: int
     n_ubatch: int
     n_gpu_layers: int
+    rpc: str = ""  # servers, as --rpc has them
 
     @property
     def evicts(self) -> bool:
@@ -105,7 +107,8 @@ def plan(
     types_v: Sequence[str] = ("f16",),
     n_threads: Sequence[int] = (),
     n_ubatch: Sequence[int] = (512,),
-    n_gpu_layers: Sequence[int] = (0,),
+    n_gpu_layers: Sequence[int] = (),
+    rpc: str = "",
 ) -> list[Setting]:
     """Every combination once; ``none`` has no budget, so there is one of it however many budgets there are. Selection
     needs flash attention, so there is none of it with ``off``.
@@ -138,11 +141,11 @@ def plan(
     settings = []
     for policy, budget, depth, fa, tk, tv, t, ub, ngl in product(
         kv_evict, kv_budget or (None,), depths, flash_attn, types_k, types_v, n_threads or (default_threads(),),
-        n_ubatch, n_gpu_layers,
+        n_ubatch, n_gpu_layers or (-1 if rpc else 0,),
     ):
         per_token = gguf.kv_bytes_per_token(*(native.type_block(CACHE_TYPES[name]) for name in (tk, tv))) or 0
         eviction = EvictionSettings.resolve(policy, budget, kv_window, keep, n_ctx=depth, bytes_per_token=per_token)
-        settings += [Setting(eviction, selection, depth, fa, tk, tv, t, ub, ngl) for selection in selections
+        settings += [Setting(eviction, selection, depth, fa, tk, tv, t, ub, ngl, rpc) for selection in selections
                      if fa or not selection.needs_flash_attention]
     if "qfilters" in kv_evict:
         load_filters(gguf)
@@ -231,6 +234,7 @@ def _rows(gguf: GGUF, s: Setting, runs: list[dict[str, Any]], mem_gb_s: float | 
             "cpu_variant": first["cpu_variant"],
             "threads": s.n_threads,
             "n_gpu_layers": s.n_gpu_layers,
+            "rpc": s.rpc or None,
             "n_ubatch": s.n_ubatch,
             "flash_attn": s.flash_attn,
             "type_k": s.type_k,
@@ -377,6 +381,8 @@ def worker() -> None:
     raw = job["setting"]
     setting = Setting(**{**raw, "eviction": EvictionSettings(**raw["eviction"]),
                          "selection": SelectionSettings(**raw["selection"])})
+    if setting.rpc:
+        exit_on_loss(setting.rpc)
     try:
         if job["task"] == "check":
             _check(job["model"], setting)
@@ -399,8 +405,8 @@ def _end_with_parent() -> None:
 def _open(model: str, s: Setting, n_ctx: int, eviction: EvictionSettings, selection: SelectionSettings) -> Session:
     filters = load_filters(GGUF(model)) if eviction.policy == "qfilters" else None
     return Session(model, n_ctx=n_ctx, n_ubatch=s.n_ubatch, n_threads=s.n_threads, flash_attn=s.flash_attn,
-                   type_k=s.type_k, type_v=s.type_v, n_gpu_layers=s.n_gpu_layers, settings=eviction, filters=filters,
-                   selection=selection)
+                   type_k=s.type_k, type_v=s.type_v, n_gpu_layers=s.n_gpu_layers, rpc_servers=s.rpc, settings=eviction,
+                   filters=filters, selection=selection)
 
 
 def _check(model: str, s: Setting) -> None:
@@ -520,7 +526,7 @@ def _run(model: str, s: Setting, n_gen: list[int], n_prompt: list[int]) -> dict[
             "scratch_bytes": stats.scratch_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
             "cpu_variant": native.cpu_variant(),
-            "backend": _backends(),
+            "backend": _backends(s),
             "model_size": llama_cpp.llama_model_size(session.model),
             "model_n_params": llama_cpp.llama_model_n_params(session.model),
         }
@@ -648,7 +654,7 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _backends() -> str:
+def _backends(s: Setting) -> str:
     """The backends beside the CPU, as llama-bench names them; ``CPU`` if there is none."""
     ggml = ctypes.CDLL(str(_runtime.lib_path("ggml")))
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
@@ -657,4 +663,4 @@ def _backends() -> str:
     name_of = native._ggml.ggml_backend_reg_name
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     names = [name_of(ggml.ggml_backend_reg_get(i)).decode() for i in range(ggml.ggml_backend_reg_count())]
-    return ",".join(name for name in names if name != "CPU") or "CPU"
+    return ",".join(name for name in names if name != "CPU" and (name != "RPC" or s.rpc)) or "CPU"

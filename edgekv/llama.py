@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from edgekv import filters as qfilters_module
-from edgekv import native
+from edgekv import native, rpc
 from edgekv.checkpoints import Checkpoint, Checkpoints, common_prefix
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
@@ -46,6 +47,8 @@ class Llama(llama_cpp.Llama):
         selection: what a decode step reads of the cache: ``"none"``, ``"quest"`` or :class:`SelectionSettings`. It needs
             flash attention, which is turned on then.
         cache_ram: MiB for checkpoints, 0: none (default a quarter of the free memory, at most 8192).
+        rpc_servers: ``"HOST:PORT,..."``, or a list: layers and their caches live in these ``edgekv rpc-server``, all of
+            them unless ``n_gpu_layers`` says how many of the last. If one dies, llama.cpp aborts the process.
 
     Attributes:
         timings: of the last completion, under llama-server's names; also in the answers of ``create_completion`` and
@@ -55,8 +58,8 @@ class Llama(llama_cpp.Llama):
         on_notice: called with a line for people, say that a document has to be read again.
 
     Raises:
-        EdgekvError: a setting is wrong, the file has no filters (``edgekv convert --with-qfilters`` adds them) or the
-            model's cache cannot be evicted from.
+        EdgekvError: a setting is wrong, a server cannot be used, the file has no filters (``edgekv convert
+            --with-qfilters`` adds them) or the model's cache cannot be evicted from.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Llama(llama_cpp.Llama):
         qfilters: qfilters_module.QFilters | None = None,
         selection: SelectionSettings | str = "none",
         cache_ram: int | None = None,
+        rpc_servers: str | Sequence[str] = (),
         n_ctx: int = 512,
         verbose: bool = False,
         **kwargs,
@@ -94,6 +98,11 @@ class Llama(llama_cpp.Llama):
         self.selection = selection
         if self.selection.needs_flash_attention and not kwargs.setdefault("flash_attn", True):
             raise EdgekvError("selection needs flash attention: drop flash_attn=False")
+
+        self._devices = None
+        if rpc_servers:
+            kwargs.setdefault("n_gpu_layers", -1)
+            self._devices = rpc.devices(rpc_servers)
 
         if cache_ram is None:
             cache_ram = min(8192, (available_bytes() or 0) // 4 // _MIB)
@@ -120,6 +129,17 @@ class Llama(llama_cpp.Llama):
             native.clear_next()
         if not verbose:
             native.silence()
+
+    @property
+    def model_params(self):
+        """The bindings' parameters of the model, with the devices of the servers, for which they have no argument."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params) -> None:
+        if self._devices is not None:
+            params.devices = ctypes.addressof(self._devices)
+        self._model_params = params
 
     # --- the cache ---------------------------------------------------------------------------------------------------
 

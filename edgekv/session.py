@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edgekv import native
+from edgekv import native, rpc
 from edgekv.errors import EdgekvError
 from edgekv.filters import QFilters
 from edgekv.settings import EvictionSettings, SelectionSettings
@@ -27,13 +28,20 @@ CACHE_TYPES = {
     "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL,
 }
 
-def load_model(path: str | os.PathLike[str], *, n_gpu_layers: int = 0):
-    """A ``llama_model`` pointer. EdgekvError, naming the file, if llama.cpp refuses it."""
+def load_model(path: str | os.PathLike[str], *, n_gpu_layers: int | None = None, rpc_servers: str | Sequence[str] = ()):
+    """A ``llama_model`` pointer; see :class:`edgekv.Llama` for the arguments.
+
+    Raises:
+        EdgekvError: llama.cpp refuses the file, or a server cannot be used; names which.
+    """
     if not Path(path).is_file():
         raise EdgekvError(f"{path}: no such file")
     native.silence()
     params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = n_gpu_layers
+    params.n_gpu_layers = (-1 if rpc_servers else 0) if n_gpu_layers is None else n_gpu_layers
+    if rpc_servers:
+        devices = rpc.devices(rpc_servers)
+        params.devices = ctypes.addressof(devices)
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         raise EdgekvError(f"{path}: cannot be loaded: {native.log_error() or 'llama.cpp refused it'}")
@@ -45,6 +53,7 @@ class Session:
 
     Args:
         n_ctx: tokens of context per sequence.
+        n_gpu_layers, rpc_servers: see :func:`load_model`.
         settings, filters, selection, tap_queries: see :func:`edgekv.native.set_next`.
 
     Raises:
@@ -63,14 +72,15 @@ class Session:
         flash_attn: bool = False,
         type_k: str = "f16",
         type_v: str = "f16",
-        n_gpu_layers: int = 0,
+        n_gpu_layers: int | None = None,
+        rpc_servers: str | Sequence[str] = (),
         settings: EvictionSettings | None = None,
         filters: QFilters | None = None,
         selection: SelectionSettings | None = None,
         tap_queries: bool = False,
     ):
         self.model = self.ctx = self._batch = None
-        self.model = load_model(path, n_gpu_layers=n_gpu_layers)
+        self.model = load_model(path, n_gpu_layers=n_gpu_layers, rpc_servers=rpc_servers)
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
 

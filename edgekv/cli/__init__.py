@@ -27,6 +27,8 @@ COMMANDS = {
     "run": "Answer a prompt with a bounded KV cache.",
     "inspect": "Show a model's Q-Filters and what its KV cache costs.",
     "bench": "Measure speed and memory across settings.",
+    "rpc-server": "Compute layers for an edgekv on another machine.",
+    "doctor": "Show which devices there are, what runs where, and why something is not used.",
 }
 
 
@@ -46,6 +48,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
+        name = name.replace("-", "_")
         module = f"edgekv.cli.{name}"
         try:
             return getattr(importlib.import_module(module), name)

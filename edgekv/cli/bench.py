@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterator
 import click
 
 from edgekv.cli.common import format_bytes, model_option
+from edgekv.cli.options import look_at_servers, rpc_option
 
 
 class Words(click.ParamType):
@@ -91,8 +92,9 @@ class Switches(Words):
 @click.option("-t", "--threads", "n_threads", type=Numbers(1), metavar="LIST", help="Threads [default: all cores].")
 @click.option("-ub", "--ubatch-size", "n_ubatch", type=Numbers(1), default="512", show_default=True, metavar="LIST",
               help="Tokens computed at once; a bounded cache has room for so many behind the budget.")
-@click.option("-ngl", "--n-gpu-layers", "n_gpu_layers", type=Numbers(0), default="0", show_default=True,
-              metavar="LIST", help="Layers on the GPU.")
+@click.option("-ngl", "--n-gpu-layers", "n_gpu_layers", type=Numbers(0), metavar="LIST",
+              help="Layers on GPUs and --rpc servers, the last ones [default: 0, with --rpc all].")
+@rpc_option
 @click.option("--bandwidth", is_flag=True, help="Measure how fast the memory can be read, to compare with gb_s.")
 @click.option("--progress/--no-progress", default=None,
               help="Say on standard error what runs [default: on a terminal].")
@@ -110,6 +112,8 @@ def bench(model: str, n_gen: list[int], n_prompt: list[int], repetitions: int, b
     from edgekv.gguf_file import GGUF
 
     gguf = GGUF(model)
+    for ngl in sweep["n_gpu_layers"] or (None,):
+        look_at_servers(sweep["rpc"], ngl)
     settings = library.plan(gguf, **{name: value for name, value in sweep.items() if value is not None})
     deepest = max(s.depth for s in settings)
     with _status(progress) as report:
@@ -170,6 +174,7 @@ _COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str], bool, str | None]] = 
     ("backend", lambda r: r["backend"], False, None),
     ("threads", lambda r: str(r["threads"]), True, None),
     ("ngl", lambda r: str(r["n_gpu_layers"]), True, "0"),
+    ("rpc", lambda r: r["rpc"] or "-", False, "-"),
     ("n_ubatch", lambda r: str(r["n_ubatch"]), True, "512"),
     ("type_k", lambda r: r["type_k"], True, "f16"),
     ("type_v", lambda r: r["type_v"], True, "f16"),

@@ -40,6 +40,11 @@ _help_all_option = click.option(
     "--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_help_all, help="Show the rarer options too."
 )
 
+rpc_option = click.option(
+    "--rpc", "rpc", metavar="HOST:PORT,...",
+    help="Servers (edgekv rpc-server) that compute layers and hold their caches.",
+)
+
 _eviction_options = [
     click.option("--kv-evict", type=click.Choice(("auto", *POLICIES)), default="auto", show_default=True,
                  help="Which tokens stay in the KV cache. auto: all of them if they fit the free memory."),
@@ -67,8 +72,9 @@ _context_options = [
     click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0,
                  help="Tokens of context [default: what the model was trained on]."),
     click.option("-t", "--threads", "n_threads", type=click.IntRange(min=1), help="Threads [default: all cores]."),
-    click.option("-ngl", "--n-gpu-layers", "n_gpu_layers", type=int, default=0, show_default=True,
-                 help="Layers on the GPU."),
+    click.option("-ngl", "--n-gpu-layers", "n_gpu_layers", type=int, metavar="N",
+                 help="Layers on GPUs and --rpc servers, the last ones; -1: all [default: 0, with --rpc all]."),
+    rpc_option,
     click.option("-ctk", "--cache-type-k", "type_k", type=click.Choice(CACHE_TYPES), default="f16", show_default=True,
                  help="Type of K in the cache."),
     click.option("-ctv", "--cache-type-v", "type_v", type=click.Choice(CACHE_TYPES), default="f16", show_default=True,
@@ -170,7 +176,8 @@ def open_llama(
     kv_grouped_attn: bool,
     n_ctx: int,
     n_threads: int | None,
-    n_gpu_layers: int,
+    n_gpu_layers: int | None,
+    rpc: str | None,
     type_k: str,
     type_v: str,
     flash_attn: str,
@@ -187,6 +194,8 @@ def open_llama(
     from edgekv.session import default_threads
 
     gguf = GGUF(model)
+    servers = look_at_servers(rpc, n_gpu_layers)
+    n_gpu_layers = (-1 if rpc else 0) if n_gpu_layers is None else n_gpu_layers
     n_ctx = n_ctx or gguf.context_length
     if flash_attn == "off" and type_v not in ("f32", "f16", "bf16"):
         raise EdgekvError(f"-ctv {type_v}: a quantised V needs flash attention, drop -fa off")
@@ -200,7 +209,8 @@ def open_llama(
             raise EdgekvError(f"{flag} needs flash attention: drop -fa off")
         flash_attn = "on"
     if kv_evict == "auto":
-        kv_evict, kv_budget = _auto(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch, selection)
+        kv_evict, kv_budget = _auto(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch, selection,
+                                    _free_bytes(servers, n_gpu_layers, gguf))
 
     threads = n_threads or default_threads()
     llama = Llama(
@@ -219,6 +229,7 @@ def open_llama(
         n_threads=threads,
         n_threads_batch=threads,
         n_gpu_layers=n_gpu_layers,
+        rpc_servers=rpc or (),
         type_k=GGML_TYPES[type_k],
         type_v=GGML_TYPES[type_v],
         flash_attn=flash_attn == "on" or (flash_attn == "auto" and (n_gpu_layers != 0 or type_v not in ("f32", "f16", "bf16"))),
@@ -227,19 +238,42 @@ def open_llama(
     return llama
 
 
+def look_at_servers(servers: str | None, n_gpu_layers: int | None) -> list:
+    """The ``edgekv.rpc.Server`` of ``--rpc``, before anything is loaded. From here on this process ends with one line
+    if one of them dies. EdgekvError, naming the flag or the server, if one cannot be used."""
+    if not servers:
+        return []
+    if n_gpu_layers == 0:
+        raise EdgekvError("--rpc: -ngl 0 leaves no layer for the servers; drop one of them")
+    from edgekv import rpc
+
+    found = rpc.look(servers)
+    rpc.exit_on_loss(servers)
+    return found
+
+
+def _free_bytes(servers: list, n_gpu_layers: int, gguf) -> int | None:
+    """The memory that model and cache may fill."""
+    from edgekv.memory import available_bytes
+
+    there = sum(sum(server.free_bytes) for server in servers)
+    here = available_bytes()
+    if servers and not 0 <= n_gpu_layers < (gguf.get(f"{gguf.architecture}.block_count") or 0):
+        return there
+    return None if here is None else here + there
+
+
 def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int,
-          selection: SelectionSettings) -> tuple[str, str | None]:
+          selection: SelectionSettings, free: int | None) -> tuple[str, str | None]:
     """What ``--kv-evict auto`` means here: a budget asks for eviction, otherwise the free memory decides."""
     from edgekv import native
     from edgekv.llama import window_layers
-    from edgekv.memory import available_bytes
     from edgekv.session import CACHE_TYPES as GGML_TYPES
 
     blocks = native.type_block(GGML_TYPES[type_k]), native.type_block(GGML_TYPES[type_v])
     windows = window_layers(gguf)
     per_token = gguf.kv_bytes_per_token(*blocks, without=windows) or 0
     if budget is None:
-        free = available_bytes()
         # a page's summary is as large as one token in f16
         summaries = 0 if selection.method == "none" else (gguf.kv_bytes_per_token((1, 2), (1, 2)) or 0) // selection.page_size
         per_token += summaries

@@ -1,6 +1,7 @@
 #pragma once
 
-// Graphs on the cache beside those of the context: evictions, summaries that are built anew.
+// Graphs on the cache beside those of the context: evictions, summaries that are built anew. A node runs on the device that
+// holds the part of the cache that it is about.
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -28,9 +29,55 @@ public:
     size_t n_bytes()     const;
 
 private:
+    void place(ggml_cgraph * gf);
+
     std::vector<ggml_backend_t> backends;
     ggml_backend_sched_ptr      sched;
 };
 
+// The backend of the device that holds a tensor of the cache, or NULL.
+ggml_backend_t llama_edgekv_backend_of(const std::vector<ggml_backend_t> & backends, const ggml_tensor * stored);
+
 // Throws as the constructor above does. The graph need not be allocated.
 void llama_edgekv_check_devices(const llama_kv_cache & kv, ggml_cgraph * gf, const char * what);
+
+// A tensor beside each part of the cache, for what comes back to the host: one read per device, however many layers it has.
+class llama_edgekv_readback {
+public:
+    // n[i]: elements of cache layer i. Throws std::runtime_error if memory lacks. Filled with zeros.
+    llama_edgekv_readback(const llama_kv_cache & kv, ggml_type type, const std::vector<int64_t> & n, const char * name);
+
+    // the layer's part, from an element of it on
+    ggml_tensor * view(ggml_context * ctx, size_t i_layer, int64_t ne0, int64_t ne1, int64_t from = 0) const;
+
+    // the parts of all layers, after the devices have finished
+    template <typename T> std::vector<std::vector<T>> read() const {
+        std::vector<std::vector<T>> res(parts.size());
+        for (const auto & device : devices) {
+            std::vector<T> all(ggml_nelements(device.tensor));
+            ggml_backend_tensor_get(device.tensor, all.data(), 0, all.size()*sizeof(T));
+            for (size_t i = 0; i < parts.size(); ++i) {
+                if (parts[i].tensor == device.tensor) {
+                    res[i].assign(all.begin() + parts[i].first, all.begin() + parts[i].first + parts[i].n);
+                }
+            }
+        }
+        return res;
+    }
+
+    size_t n_bytes() const;
+
+private:
+    struct device {
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+        ggml_tensor *           tensor;
+    };
+    struct part {
+        ggml_tensor * tensor;
+        int64_t       first;
+        int64_t       n;
+    };
+    std::vector<device> devices;
+    std::vector<part>   parts; // per cache layer
+};

@@ -38,15 +38,16 @@ llama_edgekv_evictor::llama_edgekv_evictor(
     // smaller than both they never meet.
     const share worst = { std::min(cfg->budget, kv.get_size()), 0, 0 };
 
+    reserve_chosen(worst.budget);
+
     ggml_context_ptr ctx = graph_context();
-    std::vector<ggml_tensor *> chosen;
-    ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size(), worst, chosen);
+    ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size(), worst);
 
     computer = std::make_unique<llama_edgekv_computer>(kv, std::move(backends), std::move(bufts), gf, kv.hparams.no_alloc, "eviction");
 }
 
 size_t llama_edgekv_evictor::scratch_bytes() const {
-    size_t res = computer->n_bytes();
+    size_t res = computer->n_bytes() + chosen->n_bytes();
     for (const auto & [_, buf] : filter_bufs) {
         res += ggml_backend_buffer_get_size(buf.get());
     }
@@ -136,6 +137,18 @@ void llama_edgekv_evictor::load_filters() {
         filters.push_back(f);
         filter_bufs.emplace_back(std::move(ctx), std::move(buf));
     }
+}
+
+void llama_edgekv_evictor::reserve_chosen(uint32_t budget) {
+    if (budget <= chosen_budget) {
+        return;
+    }
+    std::vector<int64_t> n;
+    for (size_t i = 0; i < kv.layers.size(); ++i) {
+        n.push_back((int64_t) budget*n_head_kv(i));
+    }
+    chosen = std::make_unique<llama_edgekv_readback>(kv, GGML_TYPE_I32, n, "edgekv_chosen");
+    chosen_budget = budget;
 }
 
 uint32_t llama_edgekv_evictor::n_used(uint32_t strm) const {
@@ -307,7 +320,7 @@ void llama_edgekv_evictor::move_cells(uint32_t strm, uint32_t budget) {
 }
 
 ggml_context_ptr llama_edgekv_evictor::graph_context() const {
-    // per layer: views of K and V, scores (two operators at most), choice, two moves
+    // per layer: views of K and V, scores (two operators at most), choice and its copy, two moves
     const size_t n_tensors = 16*kv.layers.size();
 
     ggml_init_params params = {
@@ -319,7 +332,7 @@ ggml_context_ptr llama_edgekv_evictor::graph_context() const {
 }
 
 ggml_cgraph * llama_edgekv_evictor::build_graph(
-        ggml_context * ctx, uint32_t strm, uint32_t n_used, share sh, std::vector<ggml_tensor *> & chosen) const {
+        ggml_context * ctx, uint32_t strm, uint32_t n_used, share sh) const {
     ggml_cgraph * gf = ggml_new_graph_custom(ctx, 16*kv.layers.size(), false);
 
     for (size_t i = 0; i < kv.layers.size(); ++i) {
@@ -337,10 +350,6 @@ ggml_cgraph * llama_edgekv_evictor::build_graph(
         ggml_tensor * scores = cfg->policy->scores(ctx, keys, filters.empty() ? nullptr : filters[i]);
         ggml_tensor * idx    = ggml_edgekv_choose(ctx, scores, n_head, sh.n_keep, sh.window, sh.budget);
 
-        // read back for the true positions
-        ggml_set_output(idx);
-        chosen.push_back(idx);
-
         ggml_tensor * values;
         if (kv.v_trans) {
             const size_t nb = ggml_type_size(v->type)*kv.get_size();
@@ -350,7 +359,7 @@ ggml_cgraph * llama_edgekv_evictor::build_graph(
             values = ggml_view_3d(ctx, v, n_v, n_head, n_used, ggml_row_size(v->type, n_v), v->nb[1], 0);
         }
 
-        ggml_build_forward_expand(gf, idx);
+        ggml_build_forward_expand(gf, ggml_cpy(ctx, idx, chosen->view(ctx, i, sh.budget, n_head)));
         ggml_build_forward_expand(gf, ggml_edgekv_compact(ctx, keys,   idx));
         ggml_build_forward_expand(gf, ggml_edgekv_compact(ctx, values, idx));
     }
@@ -375,9 +384,14 @@ bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
 
     const uint32_t used = n_used(strm);
 
+    try {
+        reserve_chosen(budget);
+    } catch (const std::exception & err) {
+        llama_edgekv_set_error(err.what());
+        return false;
+    }
     ggml_context_ptr ctx = graph_context();
-    std::vector<ggml_tensor *> chosen;
-    ggml_cgraph * gf = build_graph(ctx.get(), strm, used, { budget, cfg->window, keep }, chosen);
+    ggml_cgraph * gf = build_graph(ctx.get(), strm, used, { budget, cfg->window, keep });
 
     if (!computer->run(gf, n_threads)) {
         llama_edgekv_set_error("the eviction could not be computed");
@@ -387,16 +401,12 @@ bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
     // what was where: an eviction may start from cells that an earlier one has filled
     auto & st = streams[strm];
 
-    std::vector<std::vector<llama_pos>> moved(kv.layers.size());
-    std::vector<int32_t> idx;
+    std::vector<std::vector<llama_pos>> moved = chosen->read<int32_t>();
 
-    for (size_t i = 0; i < kv.layers.size(); ++i) {
-        idx.resize(ggml_nelements(chosen[i]));
-        ggml_backend_tensor_get(chosen[i], idx.data(), 0, ggml_nbytes(chosen[i]));
-
-        moved[i].resize(idx.size());
-        for (size_t j = 0; j < idx.size(); ++j) {
-            moved[i][j] = true_position(strm, i, (uint32_t) (j/budget), idx[j]);
+    for (size_t i = 0; i < moved.size(); ++i) {
+        moved[i].resize((size_t) budget*n_head_kv(i)); // there may be room for more
+        for (size_t j = 0; j < moved[i].size(); ++j) {
+            moved[i][j] = true_position(strm, i, (uint32_t) (j/budget), moved[i][j]);
         }
     }
 

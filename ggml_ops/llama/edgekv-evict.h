@@ -131,10 +131,11 @@ private:
         uint32_t n_keep;
     };
 
-    ggml_cgraph * build_graph(ggml_context * ctx, uint32_t strm, uint32_t n_used, share sh, std::vector<ggml_tensor *> & chosen) const;
+    ggml_cgraph * build_graph(ggml_context * ctx, uint32_t strm, uint32_t n_used, share sh) const;
     ggml_context_ptr graph_context() const;
 
     void load_filters();
+    void reserve_chosen(uint32_t budget);
 
     const llama_edgekv_caches caches;
     llama_kv_cache &          kv; // caches.attn
@@ -154,6 +155,10 @@ private:
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> filter_bufs;
     std::vector<ggml_tensor *>                                        filters; // per cache layer, or empty
+
+    // the cells that the last eviction kept, for the true positions: [budget, n_head_kv] of each cache layer
+    std::unique_ptr<llama_edgekv_readback> chosen;
+    uint32_t                               chosen_budget = 0; // it has room for
 
     std::vector<stream> streams;
 

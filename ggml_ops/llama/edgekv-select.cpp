@@ -44,6 +44,7 @@ llama_edgekv_selector::llama_edgekv_selector(
         std::vector<ggml_backend_buffer_type_t> bufts) :
     kv(kv),
     cfg(cparams.edgekv),
+    backends(std::move(backends)),
     n_threads(cparams.n_threads_batch),
     stale(kv.n_stream, false) {
 
@@ -60,7 +61,7 @@ llama_edgekv_selector::llama_edgekv_selector(
     ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size());
 
     if (ggml_graph_n_nodes(gf) > 0) {
-        computer = std::make_unique<llama_edgekv_computer>(kv, std::move(backends), std::move(bufts), gf, kv.hparams.no_alloc, "selection");
+        computer = std::make_unique<llama_edgekv_computer>(kv, this->backends, std::move(bufts), gf, kv.hparams.no_alloc, "selection");
     }
 }
 
@@ -77,8 +78,8 @@ void llama_edgekv_selector::allocate() {
             l.summaries = allocate(cache.k, format("edgekv_summaries_l%u", cache.il), GGML_TYPE_F16,
                     { 2*kv.hparams.n_embd_head_k(cache.il), kv.hparams.n_head_kv(cache.il), n_pages, kv.n_stream });
         }
-        l.counters = allocate(cache.k, format("edgekv_counters_l%u", cache.il), GGML_TYPE_I64, { 4, N_COUNTERS, 1, 1 });
     }
+    counters = std::make_unique<llama_edgekv_readback>(kv, GGML_TYPE_I64, std::vector<int64_t>(layers.size(), 4*N_COUNTERS), "edgekv_counters");
 }
 
 ggml_tensor * llama_edgekv_selector::allocate(const ggml_tensor * beside, const std::string & name, ggml_type type, const int64_t (&ne)[4]) {
@@ -143,8 +144,8 @@ ggml_tensor * llama_edgekv_selector::view(ggml_context * ctx, const layer & l, u
     return ggml_view_4d(ctx, s, s->ne[0], s->ne[1], (n + cfg->page_size - 1)/cfg->page_size, ns, s->nb[1], s->nb[2], s->nb[3], s0*s->nb[3]);
 }
 
-ggml_tensor * llama_edgekv_selector::count(ggml_context * ctx, ggml_tensor * op, const layer & l, counter what) const {
-    ggml_edgekv_set_counters(op, ggml_view_1d(ctx, l.counters, 4, what*l.counters->nb[1]));
+ggml_tensor * llama_edgekv_selector::count(ggml_context * ctx, ggml_tensor * op, size_t i_layer, counter what) const {
+    ggml_edgekv_set_counters(op, counters->view(ctx, i_layer, 4, 1, 4*what));
     return op;
 }
 
@@ -159,12 +160,13 @@ ggml_tensor * llama_edgekv_selector::summarize(ggml_context * ctx, ggml_tensor *
     ggml_tensor * keys = ggml_view_4d(ctx, stored, n_k, l.summaries->ne[1], kv.get_size(), kv.n_stream,
             ggml_row_size(k->type, n_k), k->nb[1], k->nb[2], 0);
 
-    return count(ctx, ggml_edgekv_summarize(ctx, l.summaries, keys, k_idxs, cfg->page_size), l, SUMMARIZE);
+    return count(ctx, ggml_edgekv_summarize(ctx, l.summaries, keys, k_idxs, cfg->page_size), i_layer, SUMMARIZE);
 }
 
 ggml_tensor * llama_edgekv_selector::build_attn(
         ggml_context * ctx,
         ggml_cgraph  * gf,
+        ggml_backend_sched_t sched,
         const llama_ubatch & ubatch,
         ggml_tensor  * q,
         ggml_tensor  * k,
@@ -187,27 +189,39 @@ ggml_tensor * llama_edgekv_selector::build_attn(
     if (!selects && !cfg->grouped_attn) {
         return nullptr;
     }
-    const auto & l = layers[kv.map_layer_ids.at(il)];
+    const size_t i_layer = kv.map_layer_ids.at(il);
+    const auto & l = layers[i_layer];
 
     q = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_tokens, n_stream, q->nb[1], q->nb[2], q->nb[2]*n_tokens, 0);
     q = ggml_permute(ctx, q, 0, 2, 1, 3);
+
+    auto * const home = llama_edgekv_backend_of(backends, kv.get_k_storage(il));
+    const auto place = [&](ggml_tensor * op) {
+        if (home) {
+            ggml_backend_sched_set_tensor_backend(sched, op, home);
+        }
+    };
 
     ggml_tensor * pages = nullptr;
     if (selects && l.summaries && il >= (int) cfg->n_dense_layers) {
         const uint32_t s0 = (uint32_t) (k->view_offs/k->nb[3]);
 
         ggml_tensor * scores = ggml_edgekv_page_scores(ctx, q, view(ctx, l, (uint32_t) n_kv, s0, (uint32_t) n_stream));
-        count(ctx, scores, l, SCORES);
+        count(ctx, scores, i_layer, SCORES);
+        place(scores);
 
         // the sinks are in the first page
         pages = ggml_edgekv_choose_pages(ctx, scores, mask, cfg->page_size, /*n_first =*/ 1, n_chosen);
-        count(ctx, pages, l, CHOICE);
+        count(ctx, pages, i_layer, CHOICE);
+        place(pages);
         ggml_format_name(pages, "edgekv_pages-%d", il);
     }
 
     ggml_tensor * cur = ggml_edgekv_attn(ctx, q, k, v, mask, pages, sinks, cfg->page_size, scale,
             kv.hparams.attn_soft_cap ? kv.hparams.f_attn_logit_softcapping : 0.0f);
-    count(ctx, cur, l, pages ? ATTN : DENSE);
+    count(ctx, cur, i_layer, pages ? ATTN : DENSE);
+
+    place(cur);
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(gf, cur);
@@ -240,7 +254,7 @@ ggml_cgraph * llama_edgekv_selector::build_graph(ggml_context * ctx, uint32_t st
         ggml_tensor * keys = ggml_view_4d(ctx, k, n_k, l.summaries->ne[1], n, 1, ggml_row_size(k->type, n_k), k->nb[1], n*k->nb[1], 0);
 
         ggml_tensor * op = ggml_edgekv_summarize(ctx, view(ctx, l, n, strm, 1), keys, nullptr, cfg->page_size);
-        ggml_build_forward_expand(gf, count(ctx, op, l, SUMMARIZE));
+        ggml_build_forward_expand(gf, count(ctx, op, i, SUMMARIZE));
     }
     return gf;
 }
@@ -281,13 +295,13 @@ void llama_edgekv_selector::add_to(llama_edgekv_stats & stats) const {
     }
     uint64_t ns[N_COUNTERS] = {};
 
+    const auto counts = counters->read<int64_t>();
+
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto & l = layers[i];
 
-        int64_t counters[N_COUNTERS][4];
-        ggml_backend_tensor_get(l.counters, counters, 0, sizeof(counters));
         for (int c = 0; c < N_COUNTERS; ++c) {
-            ns[c] += counters[c][0];
+            ns[c] += counts[i][4*c];
         }
         if (!l.summaries) {
             continue;
@@ -296,11 +310,13 @@ void llama_edgekv_selector::add_to(llama_edgekv_stats & stats) const {
         const uint64_t page = cfg->page_size*(ggml_row_size(kv.layers[i].k->type, kv.hparams.n_embd_head_k(il)) +
                                               ggml_row_size(kv.layers[i].v->type, kv.hparams.n_embd_head_v(il)));
 
+        const int64_t * choice = counts[i].data() + 4*CHOICE;
+
         stats.summary_bytes += ggml_nbytes(l.summaries);
-        stats.n_selections   = std::max<uint64_t>(stats.n_selections, counters[CHOICE][1]);
-        stats.pages_read    += counters[CHOICE][2];
-        stats.pages_total   += counters[CHOICE][3];
-        stats.bytes_read    += counters[CHOICE][2]*page + counters[CHOICE][3]*l.summaries->nb[1];
+        stats.n_selections   = std::max<uint64_t>(stats.n_selections, choice[1]);
+        stats.pages_read    += choice[2];
+        stats.pages_total   += choice[3];
+        stats.bytes_read    += choice[2]*page + choice[3]*l.summaries->nb[1];
     }
 
     stats.summarize_us = ns[SUMMARIZE]/1000;

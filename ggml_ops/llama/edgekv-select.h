@@ -36,11 +36,13 @@ public:
     ggml_tensor * summarize(ggml_context * ctx, ggml_tensor * stored, ggml_tensor * k_idxs, size_t i_layer) const;
 
     // The attention of a decode step, [head_size_v*n_head, n_tokens] as build_attn_mha() has it; NULL where stock's stays.
+    // It runs where the layer's cache lives: the scheduler, left alone, may copy K and V to where q is.
     //   q                [head_size, n_head, n_tokens]
     //   k, v, mask       as llama_kv_cache_context gives them
     ggml_tensor * build_attn(
             ggml_context * ctx,
             ggml_cgraph  * gf,
+            ggml_backend_sched_t sched,
             const llama_ubatch & ubatch,
             ggml_tensor  * q,
             ggml_tensor  * k,
@@ -65,12 +67,11 @@ private:
 
     struct layer {
         ggml_tensor * summaries = nullptr; // NULL: not selected from
-        ggml_tensor * counters  = nullptr; // [4, N_COUNTERS]
     };
 
     // the pages of cells [0, n) of streams [s0, s0 + ns)
     ggml_tensor * view(ggml_context * ctx, const layer & l, uint32_t n, uint32_t s0, uint32_t ns) const;
-    ggml_tensor * count(ggml_context * ctx, ggml_tensor * op, const layer & l, counter what) const;
+    ggml_tensor * count(ggml_context * ctx, ggml_tensor * op, size_t i_layer, counter what) const;
 
     ggml_cgraph * build_graph(ggml_context * ctx, uint32_t strm, uint32_t n) const;
     ggml_context_ptr graph_context() const;
@@ -83,10 +84,13 @@ private:
     llama_kv_cache & kv;
 
     const llama_edgekv_settings_ptr cfg;
+    const std::vector<ggml_backend_t> backends;
     const int32_t n_threads;
 
     std::vector<layer> layers; // of the cache
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs;
+
+    std::unique_ptr<llama_edgekv_readback> counters; // [4, N_COUNTERS] of each cache layer
 
     std::vector<bool> stale; // per stream
 
