@@ -16,8 +16,7 @@ from edgekv.errors import EdgekvError
 from edgekv.filters import QFilters
 from edgekv.settings import MODES, EvictionSettings, SelectionSettings
 
-if not _runtime.lib_path("llama").exists():
-    raise EdgekvError(f"{_runtime.lib_dir()}: the patched libraries are missing, install edgekv with `pip install .`")
+_runtime.check()
 
 import llama_cpp  # noqa: E402
 

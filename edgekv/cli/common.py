@@ -15,7 +15,8 @@ from edgekv.errors import EdgekvError
 def model_option(function: Callable[..., Any] | None = None, *, resolve: bool = True) -> Callable[..., Any]:
     """MODEL as an argument or as ``-m``: the command gets ``model``, the path of its file, fetched if need be.
 
-    With ``resolve=False`` it gets the text as given.
+    With ``resolve=False`` it gets the text as given. A command that has ``-ngl`` says first which GPU is not used, and
+    why.
     """
     if function is None:
         return functools.partial(model_option, resolve=resolve)
@@ -30,6 +31,8 @@ def model_option(function: Callable[..., Any] | None = None, *, resolve: bool = 
         model = model_flag if model_argument is None else model_argument
         if not model:
             raise click.UsageError("no MODEL; give a path, a known name or hf:ORG/REPO:QUANT")
+        if "n_gpu_layers" in kwargs:
+            _say_unused_devices(kwargs["n_gpu_layers"], elsewhere=bool(kwargs.get("rpc")))
         if resolve:
             from edgekv.pull import resolve_model
 
@@ -39,6 +42,16 @@ def model_option(function: Callable[..., Any] | None = None, *, resolve: bool = 
         return function(*args, **kwargs)
 
     return command
+
+
+def _say_unused_devices(n_gpu_layers: int | list[int] | None, *, elsewhere: bool) -> None:
+    """EdgekvError if the runtime cannot work at all."""
+    from edgekv import _runtime
+
+    _runtime.check()
+    wanted = next(filter(None, n_gpu_layers), 0) if isinstance(n_gpu_layers, list) else n_gpu_layers
+    for line in _runtime.notices(wanted or 0, elsewhere=elsewhere):
+        click.echo(f"edgekv: {line}", err=True)
 
 
 def checked_output(output: str | None, model: Path, suffix: str, *, stays_split: bool = False) -> Path:

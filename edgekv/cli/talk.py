@@ -62,6 +62,6 @@ def figures(llama) -> str:
         parts.append(f"{len(llama.checkpoints)} checkpoints ({format_bytes(llama.checkpoints.nbytes)})")
     if stats.n_selections:
         ms = (stats.scores_us + stats.choice_us + stats.attn_us + stats.dense_us) / 1e3 / stats.n_selections
-        parts.append(f"{stats.n_selections:,} steps read {100 * stats.pages_read / stats.pages_total:.0f} % of the pages, "
-                     f"{ms:.2f} ms of each in attention")
+        parts.append(f"{stats.n_selections:,} steps read {100 * stats.pages_read / stats.pages_total:.0f} % of the pages"
+                     + (f", {ms:.2f} ms of each in attention" if ms else ""))  # GPUs take no times
     return " · ".join(parts)
