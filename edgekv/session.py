@@ -54,6 +54,7 @@ class Session:
     Args:
         n_ctx: tokens of context per sequence.
         n_gpu_layers, rpc_servers: see :func:`load_model`.
+        offload_kqv: the cache of layers that are elsewhere is there too.
         settings, filters, selection, tap_queries: see :func:`edgekv.native.set_next`.
 
     Raises:
@@ -74,6 +75,7 @@ class Session:
         type_v: str = "f16",
         n_gpu_layers: int | None = None,
         rpc_servers: str | Sequence[str] = (),
+        offload_kqv: bool = True,
         settings: EvictionSettings | None = None,
         filters: QFilters | None = None,
         selection: SelectionSettings | None = None,
@@ -91,6 +93,7 @@ class Session:
         params.n_seq_max = n_seq_max
         params.n_threads = params.n_threads_batch = n_threads or default_threads()
         params.type_k, params.type_v = CACHE_TYPES[type_k], CACHE_TYPES[type_v]
+        params.offload_kqv = offload_kqv
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )

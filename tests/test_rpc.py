@@ -444,6 +444,15 @@ def test_some_layers_here(n_gpu_layers, model, servers):
     equal(follow(model, **options), follow(model, servers=names(servers), n_gpu_layers=n_gpu_layers, **options))
 
 
+def test_the_cache_stays_here(model, servers):
+    """Layers there, their cache here: so is the selection, and a step's keys do not travel."""
+    options = {"settings": EvictionSettings("qfilters", 128, 16, 4), "selection": QUEST, "flash_attn": True}
+    equal(follow(model, **options), follow(model, servers=names(servers), offload_kqv=False, **options))
+    rows = wire(model, servers, (300, 1100, 2100), n_ubatch=128, n_threads=1, flash_attn=True, selection=QUEST,
+                offload_kqv=False)
+    check_wire(rows, 0)
+
+
 def test_sliding_windows(models, servers):
     options = {"settings": EvictionSettings("keydiff", 128, 16, 4), "selection": SelectionSettings("quest", 64, 16, 0),
                "flash_attn": True}

@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from edgekv.filters import QFilters
 from edgekv.gguf_file import GGUF
 from edgekv.session import CACHE_TYPES, Session, default_threads
 from edgekv.settings import EvictionSettings
+from process import EDGEKV
 from test_filters import random_filters
 
 import llama_cpp
@@ -60,13 +63,14 @@ def unpatched() -> Path:
         llama_source.unpack_source(pin, folder)
         # as in CMakeLists.txt; of the variants only the one target, so its flags are the same by construction
         options = {"CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON", "GGML_NATIVE": "OFF",
-                   "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON", "LLAMA_OPENSSL": "OFF",
+                   "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON", "GGML_RPC": "ON", "GGML_RPC_RDMA": "OFF",
+                   "LLAMA_OPENSSL": "OFF",
                    **{f"LLAMA_BUILD_{part}": "OFF" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")}}
         build = folder / "build"
         environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder)}
         for command in (["cmake", "-G", "Ninja", "-S", str(folder / "llama.cpp"), "-B", str(build),
                          *(f"-D{name}={value}" for name, value in options.items())],
-                        ["cmake", "--build", str(build), "--target", "llama", variant]):
+                        ["cmake", "--build", str(build), "--target", "llama", variant, "ggml-rpc"]):
             run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             assert run.returncode == 0, run.stdout[-4000:]
         done.touch()
@@ -232,3 +236,42 @@ def test_rows_are_those_of_the_state_api(unpatched, smollm2, text, any_filters, 
                             n_ctx=512, cache=cache)
     print(f"{cache}: largest difference of a logit {np.abs(got - want).max()}")
     np.testing.assert_array_equal(got, want)
+
+
+# --- another machine's server ----------------------------------------------------------------------------------------
+
+# argv: the folder of the libraries, the port
+STOCK_SERVER = """
+import ctypes, pathlib, sys
+folder, port = pathlib.Path(sys.argv[1]), sys.argv[2]
+ggml = ctypes.CDLL(str(folder / "libggml.so"))
+ggml.ggml_backend_load_all_from_path(str(folder).encode())
+ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+cpu = (ctypes.c_void_p * 1)(ggml.ggml_backend_dev_by_type(0))
+start = ctypes.CDLL(str(folder / "libggml-rpc.so")).ggml_backend_rpc_start_server
+start.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p]
+start(f"127.0.0.1:{port}".encode(), None, 1, 1, cpu)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries' names are Linux's")
+def test_a_stock_rpc_server_is_refused_with_one_line(unpatched, smollm2):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-c", STOCK_SERVER, str(unpatched), str(port)],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None
+            time.sleep(0.1)
+        run = subprocess.run([*EDGEKV, "run", str(smollm2), "-p", "x", "--rpc", f"127.0.0.1:{port}"],
+                             capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (1, "")
+        assert re.fullmatch(rf"edgekv: error: RPC server 127\.0\.0\.1:{port}: is llama\.cpp's own \(protocol [\d.]+\).*\n", run.stderr)
+        assert server.poll() is None  # and the look has not ended it
+    finally:
+        server.kill()
+        server.wait()
