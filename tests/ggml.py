@@ -1,7 +1,8 @@
-"""Graphs of a few operators on the CPU backend of the patched libraries, through ctypes."""
+"""Graphs of a few operators on the CPU backend of the patched libraries, or on an emulated device, through ctypes."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 
@@ -65,6 +66,8 @@ _CONSTRUCTORS = {
     "attn": _bind(_base, "ggml_edgekv_attn", _p, _p, _p, _p, _p, _p, _p, _p, _i64, ctypes.c_float, ctypes.c_float),
 }
 
+_set_counters = _bind(_base, "ggml_edgekv_set_counters", None, _p, _p)
+
 _backend = _init_by_type(0, None)  # GGML_BACKEND_DEVICE_TYPE_CPU
 assert _backend, "the CPU backend cannot be loaded"
 # the function itself lives in the variant that was loaded
@@ -79,10 +82,28 @@ def row_bytes(kind: str, n: int) -> int:
     return n // block * _type_size(TYPES[kind])
 
 
+_device = None
+
+
+@contextlib.contextmanager
+def on(device):
+    """Graphs made inside run on a :class:`kernels.Device`."""
+    global _device
+    before, _device = _device, device
+    try:
+        yield
+    finally:
+        _device = before
+
+
 class Graph:
-    """Tensors first, then operators, then one :meth:`compute`. A tensor is an opaque handle."""
+    """Tensors first, then operators, then one :meth:`compute`. A tensor is an opaque handle.
+
+    It runs on the CPU, or on the device of :func:`on`.
+    """
 
     def __init__(self, n_tensors: int = 64, n_graphs: int = 1):
+        self._device = _device
         size = n_tensors * _tensor_overhead() + n_graphs * _graph_overhead()
         self._ctx = _init(_InitParams(size, None, True))
         self._buffer = None
@@ -108,16 +129,22 @@ class Graph:
     def op(self, name: str, *arguments) -> int:
         return _CONSTRUCTORS[name](self._ctx, *arguments)
 
+    def count(self, node: int, counters: int) -> None:
+        _set_counters(node, counters)
+
     def graph(self, *nodes: int) -> int:
         graph = _new_graph(self._ctx)
         for node in nodes:
-            assert _supports(_backend, node)
+            assert self.supports(node)
             _expand(graph, node)
         return graph
 
+    def supports(self, node: int) -> bool:
+        return self._device.supports(node) if self._device else _supports(_backend, node)
+
     def allocate(self, *, huge_pages: bool = False) -> None:
         """Room for all tensors, filled with their data. ``huge_pages``: if the system has them, as selection asks for."""
-        self._buffer = _alloc(self._ctx, _backend)
+        self._buffer = self._device.allocate(self._ctx) if self._device else _alloc(self._ctx, _backend)
         if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             page, base, size = mmap.PAGESIZE, _buffer_base(self._buffer), _buffer_size(self._buffer)
             begin, end = -(-base // page) * page, (base + size) // page * page
@@ -126,6 +153,9 @@ class Graph:
             _set(handle, data.ctypes.data, 0, data.nbytes)
 
     def run(self, graph: int, n_threads: int = 1) -> None:
+        if self._device:
+            self._device.run(self._buffer, graph)
+            return
         _set_n_threads(_backend, n_threads)
         assert _compute(_backend, graph) == 0
 
@@ -146,5 +176,5 @@ class Graph:
 
     def __exit__(self, *_exc) -> None:
         if self._buffer:
-            _buffer_free(self._buffer)
+            (self._device.free if self._device else _buffer_free)(self._buffer)
         _free(self._ctx)

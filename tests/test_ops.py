@@ -1,4 +1,5 @@
-"""The operators of ggml-edgekv.h against NumPy, at and around tile edges."""
+"""The operators of ggml-edgekv.h against NumPy, at and around tile edges. test_kernels.py calls these tests for other
+devices."""
 
 import itertools
 import os
@@ -77,8 +78,8 @@ def same_for_all_threads(function) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind, size", LAYOUTS)
-def test_score(kind, size):
-    for n_head, n_cell in SHAPES:
+def test_score(kind, size, shapes=SHAPES):
+    for n_head, n_cell in shapes:
         cache = Cache(kind, size, n_head, n_cell)
         if n_cell > 2:
             cache.data[1, 2] = 0  # a zero key
@@ -96,14 +97,14 @@ def test_score(kind, size):
 
 
 @pytest.mark.parametrize("kind, size", LAYOUTS)
-def test_key_mean(kind, size):
+def test_key_mean(kind, size, shapes=SHAPES):
     def run(cache: Cache, n_threads: int) -> np.ndarray:
         with Graph() as g:
             result = g.op("key_mean", cache.view(g)[1])
             g.compute(result, n_threads=n_threads)
             return g.read(result, np.float32, (cache.n_head, size))
 
-    for n_head, n_cell in SHAPES:
+    for n_head, n_cell in shapes:
         cache = Cache(kind, size, n_head, n_cell)
         if n_cell > 2:
             cache.data[1, 2] = 0
@@ -184,12 +185,9 @@ def choices(draw):
     return np.array(rows, np.float32), n_head, keep, window, n
 
 
-@settings(deadline=None, max_examples=200)
-@given(choices())
-def test_choose_property(case):
-    scores, n_head, keep, window, n = case
+def check_invariants(scores: np.ndarray, n_head: int, keep: int, window: int, n: int) -> None:
     n_cell = scores.shape[1]
-    got = check_choice(*case)
+    got = check_choice(scores, n_head, keep, window, n)
     for h in range(n_head):
         s, chosen = scores[h % len(scores)], set(got[h].tolist())
         assert len(chosen) == n and (np.diff(got[h]) > 0).all()
@@ -199,6 +197,12 @@ def test_choose_property(case):
             for kept in rest & chosen:  # nothing left out beats anything kept
                 assert not s[out] > s[kept] and not (np.isnan(s[kept]) and not np.isnan(s[out]))
                 assert s[out] != s[kept] or kept > out
+
+
+@settings(deadline=None, max_examples=200)
+@given(choices())
+def test_choose_property(case):
+    check_invariants(*case)
 
 
 # --- the row move ----------------------------------------------------------------------------------------------------
@@ -213,7 +217,7 @@ def subset_sizes(n_cell: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind, size", LAYOUTS)
-def test_compact(kind, size):
+def test_compact(kind, size, shapes=SHAPES):
     def run(cache: Cache, chosen: np.ndarray, n_threads: int) -> np.ndarray:
         with Graph() as g:
             whole, rows = cache.view(g)
@@ -221,7 +225,7 @@ def test_compact(kind, size):
             g.compute(result, n_threads=n_threads)
             return g.read(whole, np.uint8, cache.data.shape)
 
-    for n_head, n_cell in SHAPES:
+    for n_head, n_cell in shapes:
         cache = Cache(kind, size, n_head, n_cell)
         # every bit pattern must survive: NaN payloads, denormals, blocks that no quantiser would make
         cache.data = cache.rng.integers(0, 256, cache.data.shape, np.uint8)
@@ -235,7 +239,7 @@ def test_compact(kind, size):
 
 
 @pytest.mark.parametrize("kind, size", [(kind, size) for kind, size in LAYOUTS if kind in ("f32", "f16", "bf16")])
-def test_compact_transposed(kind, size):
+def test_compact_transposed(kind, size, shapes=SHAPES):
     """V without flash attention: [2 streams][heads * head size][cells + 3 spare]."""
     word = {"f32": np.uint32}.get(kind, np.uint16)
     item = np.dtype(word).itemsize
@@ -249,7 +253,7 @@ def test_compact_transposed(kind, size):
             g.compute(result, n_threads=n_threads)
             return g.read(whole, word, data.shape)
 
-    for n_head, n_cell in SHAPES:
+    for n_head, n_cell in shapes:
         rng = np.random.default_rng([size, n_head, n_cell])
         data = rng.integers(0, np.iinfo(word).max, (2, n_head, size, n_cell + 3), word, endpoint=True)
         for n in subset_sizes(n_cell):

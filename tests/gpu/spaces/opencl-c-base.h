@@ -1,0 +1,1 @@
+// clang includes it first; none of its declarations is used
