@@ -19,3 +19,20 @@ def available_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def gpu_bytes() -> int:
+    """Free bytes of the GPUs that ``-ngl`` can put layers on, all together; 0 without one."""
+    import ctypes
+
+    from edgekv._runtime import Ggml
+
+    ggml = Ggml()
+    memory = ggml.bind("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t),
+                       ctypes.POINTER(ctypes.c_size_t))
+    result = 0
+    for device in filter(ggml.takes_layers, ggml.devices()):
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        memory(device, free, total)
+        result += free.value
+    return result

@@ -421,6 +421,10 @@ def test_a_device_that_has_some_operators(folder, tmp_path, model):
     assert can["page_scores"] == can["attn"] == {**small, "q4_0": [64, 96, 128]}
     assert (cuda["evicts"], cuda["selects"]) == ("partly", "partly")
 
+    found = subprocess.run(python("from edgekv.memory import gpu_bytes; print(gpu_bytes())"), capture_output=True, text=True,
+                           env={**os.environ, "EDGEKV_LIB_PATH": str(folder)})
+    assert int(found.stdout) == 2**30, found.stderr
+
     advice = " ".join(facts["advice"])
     assert "-ngl 99 puts all layers and their KV cache on CUDA0" in advice and "-ngl has no effect" not in advice
     assert "CUDA0 has compute capability 8.9, its library was compiled for 9.0 and newer" in advice

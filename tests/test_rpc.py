@@ -505,13 +505,15 @@ def test_run_and_llama(model, servers, tmp_path):
 
 
 def test_auto_budget_asks_the_servers(model, monkeypatch):
-    """Memory there counts, not here; with some of the layers here, both."""
+    """Memory there and on GPUs counts, not here; with some of the layers here, both."""
     from edgekv.cli.options import _free_bytes
 
     monkeypatch.setattr("edgekv.memory.available_bytes", lambda: 1000)
     there = [rpc.Server("a:1", [10, 20]), rpc.Server("b:1", [30])]
-    found = [_free_bytes(s, n, GGUF(model)) for s, n in ((there, -1), (there, 99), (there, 2), ([], 0))]
-    assert found == [60, 60, 1060, 1000]
+    cases = ((there, -1), (there, 99), (there, 2), ([], 0), ([], -1), ([], 2))
+    for gpu, want in (0, [60, 60, 1060, 1000, 1000, 1000]), (200, [260, 260, 1260, 1000, 200, 1200]):
+        monkeypatch.setattr("edgekv.memory.gpu_bytes", lambda gpu=gpu: gpu)
+        assert [_free_bytes(s, n, GGUF(model)) for s, n in cases] == want
 
 
 def test_bench(model, servers):

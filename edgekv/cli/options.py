@@ -253,12 +253,12 @@ def look_at_servers(servers: str | None, n_gpu_layers: int | None) -> list:
 
 
 def _free_bytes(servers: list, n_gpu_layers: int, gguf) -> int | None:
-    """The memory that model and cache may fill."""
-    from edgekv.memory import available_bytes
+    """The memory that model and cache may fill: that of servers and GPUs, and this machine's if layers stay here."""
+    from edgekv.memory import available_bytes, gpu_bytes
 
-    there = sum(sum(server.free_bytes) for server in servers)
+    there = sum(sum(server.free_bytes) for server in servers) + (gpu_bytes() if n_gpu_layers else 0)
     here = available_bytes()
-    if servers and not 0 <= n_gpu_layers < (gguf.get(f"{gguf.architecture}.block_count") or 0):
+    if there and not 0 <= n_gpu_layers < (gguf.get(f"{gguf.architecture}.block_count") or 0):
         return there
     return None if here is None else here + there
 
