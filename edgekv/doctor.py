@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from edgekv import _runtime
-from edgekv.errors import EdgekvError
 from edgekv.memory import available_bytes
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
