@@ -31,7 +31,6 @@ _GPU = {
 # what computes beside the CPU, or elsewhere, and is not missed on a machine without it
 _NO_GPU = ("cpu", "rpc", "blas", "zendnn")
 
-_DEVICE_TYPES_FOR_LAYERS = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
 _LOG_LEVELS = (3, 4)  # GGML_LOG_LEVEL_WARN and _ERROR
 _said: list[str] = []  # by the backends, while they were loaded
 
@@ -123,9 +122,11 @@ class Ggml:
     def registry_name(self, registry: int) -> str:
         return self._reg_name(registry).decode()
 
-    def takes_layers(self, device: int) -> bool:
-        """Whether ``-ngl`` can put layers there."""
-        return self.device_type(device) in _DEVICE_TYPES_FOR_LAYERS
+    def gpus(self) -> list[int]:
+        """The devices that ``-ngl`` puts layers on, as llama.cpp chooses them: graphics built into a processor only where
+        there is no other."""
+        by_type = {kind: [device for device in self.devices() if self.device_type(device) == kind] for kind in (1, 2)}
+        return by_type[1] or by_type[2]  # GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
 
     def library_of(self, registry: int) -> Path | None:
         """The file that a registry lives in."""
@@ -260,7 +261,8 @@ def check() -> None:
         except OSError as error:
             reason, advice, _ = _why(name, str(error))
             raise EdgekvError(f"{lib_path(name)}: cannot be loaded, {reason}: {advice}") from None
-    if not any(ggml_type == 0 for ggml_type in map(Ggml().device_type, Ggml().devices())):
+    ggml = Ggml()
+    if not any(ggml.device_type(device) == 0 for device in ggml.devices()):
         failed = [backend for backend in backends() if backend.state == "failed"]
         why = f"{failed[0].path.name}: {failed[0].reason}" if failed else "it holds none for this processor"
         raise EdgekvError(f"{lib_dir()}: no backend for the CPU could be loaded ({why}): install edgekv again")
@@ -278,7 +280,7 @@ def notices(n_gpu_layers: int = 0, *, elsewhere: bool = False) -> list[str]:
         ggml = Ggml()
     except OSError:
         return []
-    if elsewhere or any(map(ggml.takes_layers, ggml.devices())):
+    if elsewhere or ggml.gpus():
         then = ""
     elif n_gpu_layers:
         then = f"; -ngl {n_gpu_layers} has no effect, running on the CPU"

@@ -44,7 +44,7 @@ from edgekv import _runtime, native
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.llama import load_filters
-from edgekv.rpc import exit_on_loss
+from edgekv.rpc import exit_on_loss, gpu_layers
 from edgekv.session import CACHE_TYPES, Session, default_threads
 from edgekv.settings import EvictionSettings, SelectionSettings
 
@@ -141,7 +141,7 @@ def plan(
     settings = []
     for policy, budget, depth, fa, tk, tv, t, ub, ngl in product(
         kv_evict, kv_budget or (None,), depths, flash_attn, types_k, types_v, n_threads or (default_threads(),),
-        n_ubatch, n_gpu_layers or (-1 if rpc else 0,),
+        n_ubatch, n_gpu_layers or (gpu_layers(None, rpc),),
     ):
         per_token = gguf.kv_bytes_per_token(*(native.type_block(CACHE_TYPES[name]) for name in (tk, tv))) or 0
         eviction = EvictionSettings.resolve(policy, budget, kv_window, keep, n_ctx=depth, bytes_per_token=per_token)
@@ -656,11 +656,6 @@ def peak_rss_bytes() -> int:
 
 def _backends(s: Setting) -> str:
     """The backends beside the CPU, as llama-bench names them; ``CPU`` if there is none."""
-    ggml = ctypes.CDLL(str(_runtime.lib_path("ggml")))
-    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
-    ggml.ggml_backend_reg_get.restype = ctypes.c_void_p
-    ggml.ggml_backend_reg_get.argtypes = [ctypes.c_size_t]
-    name_of = native._ggml.ggml_backend_reg_name
-    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
-    names = [name_of(ggml.ggml_backend_reg_get(i)).decode() for i in range(ggml.ggml_backend_reg_count())]
+    ggml = _runtime.Ggml()
+    names = map(ggml.registry_name, ggml.registries())
     return ",".join(name for name in names if name != "CPU" and (name != "RPC" or s.rpc)) or "CPU"

@@ -31,7 +31,7 @@ def gpu_bytes() -> int:
     memory = ggml.bind("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t),
                        ctypes.POINTER(ctypes.c_size_t))
     result = 0
-    for device in filter(ggml.takes_layers, ggml.devices()):
+    for device in ggml.gpus():
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         memory(device, free, total)
         result += free.value

@@ -105,13 +105,12 @@ def devices(servers: str | Sequence[str]) -> ctypes.Array:
         if not registry:  # it went since, or somebody else took it
             raise EdgekvError(f"RPC server {server.endpoint}: could not be used; try again")
         found += [lib.device(registry, i) for i in range(lib.n_devices(registry))]
-    return (ctypes.c_void_p * (len(found) + 17))(*found, *_own_gpus(lib.ggml)[:16])
+    return (ctypes.c_void_p * (len(found) + 17))(*found, *lib.ggml.gpus()[:16])
 
 
-def _own_gpus(ggml: _runtime.Ggml) -> list[int]:
-    # as llama.cpp chooses them: graphics built into a processor only where there is no other
-    by_type = {kind: [dev for dev in ggml.devices() if ggml.device_type(dev) == kind] for kind in (1, 2)}
-    return by_type[1] or by_type[2]
+def gpu_layers(n_gpu_layers: int | None, servers: str | Sequence[str] | None) -> int:
+    """``-ngl``; where none is given, all layers if there are servers, else none."""
+    return (-1 if servers else 0) if n_gpu_layers is None else n_gpu_layers
 
 
 def look(servers: str | Sequence[str]) -> list[Server]:
@@ -263,7 +262,7 @@ def offered(names: Sequence[str] = ()) -> list[Device]:
                               f"{', '.join(d.name for d in there)}")
         chosen += found[:1]
     if not chosen:
-        own = _own_gpus(ggml)
+        own = ggml.gpus()
         chosen = [d for d in there if d.handle in own] or [d for d in there if ggml.device_type(d.handle) == 0][:1]
     return chosen
 

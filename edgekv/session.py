@@ -38,7 +38,7 @@ def load_model(path: str | os.PathLike[str], *, n_gpu_layers: int | None = None,
         raise EdgekvError(f"{path}: no such file")
     native.silence()
     params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = (-1 if rpc_servers else 0) if n_gpu_layers is None else n_gpu_layers
+    params.n_gpu_layers = rpc.gpu_layers(n_gpu_layers, rpc_servers)
     if rpc_servers:
         devices = rpc.devices(rpc_servers)
         params.devices = ctypes.addressof(devices)

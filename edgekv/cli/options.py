@@ -190,12 +190,13 @@ def open_llama(
     from edgekv.calibrate import filters_for
     from edgekv.gguf_file import GGUF
     from edgekv.llama import Llama
+    from edgekv.rpc import gpu_layers
     from edgekv.session import CACHE_TYPES as GGML_TYPES
     from edgekv.session import default_threads
 
     gguf = GGUF(model)
     servers = look_at_servers(rpc, n_gpu_layers)
-    n_gpu_layers = (-1 if rpc else 0) if n_gpu_layers is None else n_gpu_layers
+    n_gpu_layers = gpu_layers(n_gpu_layers, rpc)
     n_ctx = n_ctx or gguf.context_length
     if flash_attn == "off" and type_v not in ("f32", "f16", "bf16"):
         raise EdgekvError(f"-ctv {type_v}: a quantised V needs flash attention, drop -fa off")

@@ -1,6 +1,4 @@
-// Constructors: they assert the contracts of ggml-edgekv.h and record parameters, nothing else. Where a backend may want
-// scratch behind the result (Metal), what its size hangs on is among the parameters: RPC clients remember sizes by them
-// and by the shape of the result.
+// Constructors: they assert the contracts of ggml-edgekv.h and record parameters, nothing else.
 
 #include "ggml-edgekv.h"
 #include "ggml-impl.h"
@@ -47,8 +45,6 @@ struct ggml_tensor * ggml_edgekv_key_mean(
     GGML_ASSERT(keys->ne[3] == 1);
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, keys->ne[0], keys->ne[1]);
-
-    ggml_set_op_params_i32(result, 0, (int32_t) keys->ne[2]);
 
     result->op     = GGML_OP_EDGEKV_KEY_MEAN;
     result->src[0] = keys;
