@@ -82,11 +82,9 @@ void llama_edgekv_computer::place(ggml_cgraph * gf) {
     const auto home = [&](const ggml_tensor * node) -> ggml_backend_t {
         for (int i = -1; i < GGML_MAX_SRC; ++i) {
             const auto * t = i < 0 ? node : node->src[i];
-            auto * buf = !t ? nullptr : t->view_src ? t->view_src->buffer : t->buffer;
-            for (auto * backend : backends) {
-                if (buf && ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(buf)) && ggml_backend_supports_op(backend, node)) {
-                    return backend;
-                }
+            const auto * stored = t && t->view_src ? t->view_src : t;
+            if (stored && stored->buffer) {
+                return llama_edgekv_backend_of(backends, stored);
             }
         }
         return nullptr;
@@ -134,7 +132,32 @@ size_t llama_edgekv_computer::n_bytes() const {
     return res;
 }
 
-llama_edgekv_readback::llama_edgekv_readback(const llama_kv_cache & kv, ggml_type type, const std::vector<int64_t> & n, const char * name) {
+llama_edgekv_beside::llama_edgekv_beside(
+        const ggml_tensor * stored, ggml_type type, const int64_t (&ne)[4], const std::string & name, bool no_alloc, const char * what) {
+    ggml_init_params params = {
+        /*.mem_size   =*/ ggml_tensor_overhead(),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+    ctx.reset(ggml_init(params));
+
+    tensor = ggml_new_tensor(ctx.get(), type, 4, ne);
+    ggml_set_name(tensor, name.c_str());
+
+    auto * buft = ggml_backend_buffer_get_type(stored->buffer);
+    if (no_alloc) {
+        buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
+        tensor->buffer = buf.get();
+    } else {
+        buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+    }
+    if (!buf) {
+        throw std::runtime_error(std::string("failed to allocate ") + what);
+    }
+    ggml_backend_buffer_clear(buf.get(), 0);
+}
+
+llama_edgekv_readback::llama_edgekv_readback(const llama_kv_cache & kv, ggml_type type, const std::vector<int64_t> & n, const char * name, bool no_alloc) {
     const auto ids = kv.get_layer_ids();
 
     std::vector<ggml_backend_buffer_type_t> bufts;
@@ -152,19 +175,7 @@ llama_edgekv_readback::llama_edgekv_readback(const llama_kv_cache & kv, ggml_typ
             sum += bufts[i] == bufts[first] ? n[i] : 0;
         }
 
-        ggml_init_params params = {
-            /*.mem_size   =*/ ggml_tensor_overhead(),
-            /*.mem_buffer =*/ NULL,
-            /*.no_alloc   =*/ true,
-        };
-        device dev { ggml_context_ptr { ggml_init(params) }, nullptr, nullptr };
-        dev.tensor = ggml_new_tensor_1d(dev.ctx.get(), type, sum);
-        ggml_set_name(dev.tensor, name);
-        dev.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(dev.ctx.get(), bufts[first]));
-        if (!dev.buf) {
-            throw std::runtime_error(std::string("failed to allocate ") + name);
-        }
-        ggml_backend_buffer_clear(dev.buf.get(), 0);
+        llama_edgekv_beside dev(kv.get_k_storage(ids[first]), type, { sum, 1, 1, 1 }, name, no_alloc, name);
 
         int64_t offset = 0;
         for (size_t i = first; i < ids.size(); ++i) {

@@ -6,6 +6,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 
+#include <string>
 #include <vector>
 
 class llama_kv_cache;
@@ -41,11 +42,21 @@ ggml_backend_t llama_edgekv_backend_of(const std::vector<ggml_backend_t> & backe
 // Throws as the constructor above does. The graph need not be allocated.
 void llama_edgekv_check_devices(const llama_kv_cache & kv, ggml_cgraph * gf, const char * what);
 
+// A tensor of its own in the kind of memory that holds a tensor of the cache, filled with zeros; with no_alloc it has none.
+// Throws std::runtime_error, naming `what`, if memory lacks.
+struct llama_edgekv_beside {
+    llama_edgekv_beside(const ggml_tensor * stored, ggml_type type, const int64_t (&ne)[4], const std::string & name, bool no_alloc, const char * what);
+
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+    ggml_tensor *           tensor;
+};
+
 // A tensor beside each part of the cache, for what comes back to the host: one read per device, however many layers it has.
 class llama_edgekv_readback {
 public:
-    // n[i]: elements of cache layer i. Throws std::runtime_error if memory lacks. Filled with zeros.
-    llama_edgekv_readback(const llama_kv_cache & kv, ggml_type type, const std::vector<int64_t> & n, const char * name);
+    // n[i]: elements of cache layer i; else as llama_edgekv_beside
+    llama_edgekv_readback(const llama_kv_cache & kv, ggml_type type, const std::vector<int64_t> & n, const char * name, bool no_alloc);
 
     // the layer's part, from an element of it on
     ggml_tensor * view(ggml_context * ctx, size_t i_layer, int64_t ne0, int64_t ne1, int64_t from = 0) const;
@@ -68,16 +79,11 @@ public:
     size_t n_bytes() const;
 
 private:
-    struct device {
-        ggml_context_ptr        ctx;
-        ggml_backend_buffer_ptr buf;
-        ggml_tensor *           tensor;
-    };
     struct part {
         ggml_tensor * tensor;
         int64_t       first;
         int64_t       n;
     };
-    std::vector<device> devices;
-    std::vector<part>   parts; // per cache layer
+    std::vector<llama_edgekv_beside> devices;
+    std::vector<part>                parts; // per cache layer
 };

@@ -48,8 +48,8 @@ llama_edgekv_evictor::llama_edgekv_evictor(
 
 size_t llama_edgekv_evictor::scratch_bytes() const {
     size_t res = computer->n_bytes() + chosen->n_bytes();
-    for (const auto & [_, buf] : filter_bufs) {
-        res += ggml_backend_buffer_get_size(buf.get());
+    for (const auto & f : filters) {
+        res += ggml_backend_buffer_get_size(f.buf.get());
     }
     return res;
 }
@@ -117,25 +117,10 @@ void llama_edgekv_evictor::load_filters() {
             }
         }
 
-        ggml_init_params params = {
-            /*.mem_size   =*/ ggml_tensor_overhead(),
-            /*.mem_buffer =*/ NULL,
-            /*.no_alloc   =*/ true,
-        };
-        ggml_context_ptr ctx { ggml_init(params) };
-
-        ggml_tensor * f = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, n_head);
-        ggml_format_name(f, "edgekv_filters_l%d", (int) layer.il);
-
-        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(layer.k->buffer)) };
-        if (!buf) {
-            throw std::runtime_error("failed to allocate the filters");
-        }
-        ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-        ggml_backend_tensor_set(f, rotated.data(), 0, ggml_nbytes(f));
-
-        filters.push_back(f);
-        filter_bufs.emplace_back(std::move(ctx), std::move(buf));
+        llama_edgekv_beside f(layer.k, GGML_TYPE_F32, { n_embd, n_head, 1, 1 }, format("edgekv_filters_l%u", layer.il), false, "the filters");
+        ggml_backend_buffer_set_usage(f.buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        ggml_backend_tensor_set(f.tensor, rotated.data(), 0, ggml_nbytes(f.tensor));
+        filters.push_back(std::move(f));
     }
 }
 
@@ -147,7 +132,7 @@ void llama_edgekv_evictor::reserve_chosen(uint32_t budget) {
     for (size_t i = 0; i < kv.layers.size(); ++i) {
         n.push_back((int64_t) budget*n_head_kv(i));
     }
-    chosen = std::make_unique<llama_edgekv_readback>(kv, GGML_TYPE_I32, n, "edgekv_chosen");
+    chosen = std::make_unique<llama_edgekv_readback>(kv, GGML_TYPE_I32, n, "edgekv_chosen", kv.hparams.no_alloc);
     chosen_budget = budget;
 }
 
@@ -347,7 +332,7 @@ ggml_cgraph * llama_edgekv_evictor::build_graph(
 
         ggml_tensor * keys = ggml_view_3d(ctx, k, n_k, n_head, n_used, ggml_row_size(k->type, n_k), k->nb[1], 0);
 
-        ggml_tensor * scores = cfg->policy->scores(ctx, keys, filters.empty() ? nullptr : filters[i]);
+        ggml_tensor * scores = cfg->policy->scores(ctx, keys, filters.empty() ? nullptr : filters[i].tensor);
         ggml_tensor * idx    = ggml_edgekv_choose(ctx, scores, n_head, sh.n_keep, sh.window, sh.budget);
 
         ggml_tensor * values;

@@ -153,8 +153,7 @@ private:
 
     std::unique_ptr<llama_edgekv_computer> computer;
 
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> filter_bufs;
-    std::vector<ggml_tensor *>                                        filters; // per cache layer, or empty
+    std::vector<llama_edgekv_beside> filters; // per cache layer, or empty
 
     // the cells that the last eviction kept, for the true positions: [budget, n_head_kv] of each cache layer
     std::unique_ptr<llama_edgekv_readback> chosen;

@@ -75,40 +75,13 @@ void llama_edgekv_selector::allocate() {
         if (cfg->select && cache.il >= cfg->n_dense_layers) {
             const int64_t n_pages = (kv.get_size() + cfg->page_size - 1)/cfg->page_size;
 
-            l.summaries = allocate(cache.k, format("edgekv_summaries_l%u", cache.il), GGML_TYPE_F16,
-                    { 2*kv.hparams.n_embd_head_k(cache.il), kv.hparams.n_head_kv(cache.il), n_pages, kv.n_stream });
+            summaries.push_back(llama_edgekv_beside(cache.k, GGML_TYPE_F16,
+                    { 2*kv.hparams.n_embd_head_k(cache.il), kv.hparams.n_head_kv(cache.il), n_pages, kv.n_stream },
+                    format("edgekv_summaries_l%u", cache.il), kv.hparams.no_alloc, "the summaries of the selection"));
+            l.summaries = summaries.back().tensor;
         }
     }
-    counters = std::make_unique<llama_edgekv_readback>(kv, GGML_TYPE_I64, std::vector<int64_t>(layers.size(), 4*N_COUNTERS), "edgekv_counters");
-}
-
-ggml_tensor * llama_edgekv_selector::allocate(const ggml_tensor * beside, const std::string & name, ggml_type type, const int64_t (&ne)[4]) {
-    ggml_init_params params = {
-        /*.mem_size   =*/ ggml_tensor_overhead(),
-        /*.mem_buffer =*/ NULL,
-        /*.no_alloc   =*/ true,
-    };
-    ggml_context_ptr ctx { ggml_init(params) };
-
-    ggml_tensor * res = ggml_new_tensor(ctx.get(), type, 4, ne);
-    ggml_set_name(res, name.c_str());
-
-    auto * buft = ggml_backend_buffer_get_type(beside->buffer);
-
-    ggml_backend_buffer_ptr buf;
-    if (kv.hparams.no_alloc) {
-        buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
-        res->buffer = buf.get();
-    } else {
-        buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
-    }
-    if (!buf) {
-        throw std::runtime_error("failed to allocate the summaries of the selection");
-    }
-    ggml_backend_buffer_clear(buf.get(), 0);
-    bufs.emplace_back(std::move(ctx), std::move(buf));
-
-    return res;
+    counters = std::make_unique<llama_edgekv_readback>(kv, GGML_TYPE_I64, std::vector<int64_t>(layers.size(), 4*N_COUNTERS), "edgekv_counters", kv.hparams.no_alloc);
 }
 
 // a decode step's operators, as build_attn() makes them

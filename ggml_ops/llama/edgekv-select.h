@@ -77,7 +77,6 @@ private:
     ggml_context_ptr graph_context() const;
 
     void allocate();
-    ggml_tensor * allocate(const ggml_tensor * beside, const std::string & name, ggml_type type, const int64_t (&ne)[4]);
 
     void check_devices() const;
 
@@ -88,7 +87,7 @@ private:
     const int32_t n_threads;
 
     std::vector<layer> layers; // of the cache
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> bufs;
+    std::vector<llama_edgekv_beside> summaries;
 
     std::unique_ptr<llama_edgekv_readback> counters; // [4, N_COUNTERS] of each cache layer
 
