@@ -3,26 +3,14 @@
 #include "evict.cuh"
 #include "select.cuh"
 
+#include "../gpu/plan-ops.h"
+
 bool ggml_edgekv_cuda_supports_op(const ggml_tensor * op) {
-    switch (op->op) {
-        case GGML_OP_EDGEKV_SCORE:     return ek_score_plan::supports(op);
-        case GGML_OP_EDGEKV_KEY_MEAN:  return ek_key_mean_plan::supports(op);
-        case GGML_OP_EDGEKV_CHOOSE:    return ek_choose_plan::supports(op);
-        case GGML_OP_EDGEKV_COMPACT:   return ek_compact_plan::supports(op);
-        case GGML_OP_EDGEKV_SUMMARIZE: return ek_summarize_plan::supports(op);
-        default:                       return edgekv_cuda_select_supports(op);
-    }
+    return ek_supports(op);
 }
 
 size_t ggml_edgekv_cuda_scratch(const ggml_tensor * op) {
-    switch (op->op) {
-        case GGML_OP_EDGEKV_KEY_MEAN:  return ek_key_mean_plan(op).scratch;
-        case GGML_OP_EDGEKV_SCORE:
-        case GGML_OP_EDGEKV_CHOOSE:
-        case GGML_OP_EDGEKV_COMPACT:
-        case GGML_OP_EDGEKV_SUMMARIZE: return 0;
-        default:                       return edgekv_cuda_select_scratch(op);
-    }
+    return ek_scratch(op);
 }
 
 void ggml_edgekv_cuda_compute(ggml_tensor * op, void * scratch, cudaStream_t stream) {
@@ -32,7 +20,7 @@ void ggml_edgekv_cuda_compute(ggml_tensor * op, void * scratch, cudaStream_t str
         case GGML_OP_EDGEKV_CHOOSE:       edgekv_cuda_choose      (op, stream);          break;
         case GGML_OP_EDGEKV_COMPACT:      edgekv_cuda_compact     (op, stream);          break;
         case GGML_OP_EDGEKV_SUMMARIZE:    edgekv_cuda_summarize   (op, stream);          break;
-        case GGML_OP_EDGEKV_PAGE_SCORES:  edgekv_cuda_page_scores (op, scratch, stream); break;
+        case GGML_OP_EDGEKV_PAGE_SCORES:  edgekv_cuda_page_scores (op, stream);          break;
         case GGML_OP_EDGEKV_CHOOSE_PAGES: edgekv_cuda_choose_pages(op, scratch, stream); break;
         case GGML_OP_EDGEKV_ATTN:         edgekv_cuda_attn        (op, scratch, stream); break;
         default:                          GGML_ABORT("not an operator of edgekv: %s", ggml_op_name(op->op));

@@ -53,7 +53,7 @@ static void edgekv_page_scores_by_group(const ek_page_scores_plan & p, ggml_tens
     }
 }
 
-static void edgekv_cuda_page_scores(ggml_tensor * op, void * /*scratch*/, cudaStream_t stream) {
+static void edgekv_cuda_page_scores(ggml_tensor * op, cudaStream_t stream) {
     const ek_page_scores_plan p(op);
     switch (p.lanes.lanes*p.lanes.channels) {
         case 64:  edgekv_page_scores_by_group< 8,  8>(p, op, stream); break;
@@ -116,23 +116,4 @@ static void edgekv_cuda_attn(ggml_tensor * op, void * scratch, cudaStream_t stre
     }
     EK_LAUNCH(k_attn_combine, dim3(p.combine.x, p.combine.y, p.combine.z), ek_block_size(p.combine.block), p.combine.shared, stream,
             p.args, partials, edgekv_data<float>(op->src[5]), edgekv_data<float>(op));
-}
-
-// --- what can be done ------------------------------------------------------------------------------------------------
-
-static bool edgekv_cuda_select_supports(const ggml_tensor * op) {
-    switch (op->op) {
-        case GGML_OP_EDGEKV_PAGE_SCORES:  return ek_page_scores_plan::supports(op);
-        case GGML_OP_EDGEKV_CHOOSE_PAGES: return ek_choose_pages_plan::supports(op);
-        case GGML_OP_EDGEKV_ATTN:         return ek_attn_plan::supports(op);
-        default:                          return false;
-    }
-}
-
-static size_t edgekv_cuda_select_scratch(const ggml_tensor * op) {
-    switch (op->op) {
-        case GGML_OP_EDGEKV_CHOOSE_PAGES: return ek_choose_pages_plan(op).scratch;
-        case GGML_OP_EDGEKV_ATTN:         return ek_attn_plan(op).scratch;
-        default:                          return 0;
-    }
 }

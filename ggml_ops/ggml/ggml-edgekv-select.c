@@ -1,4 +1,6 @@
-// Constructors of selection, as those in ggml-edgekv.c.
+// Constructors of selection: they assert the contracts of ggml-edgekv.h and record parameters, nothing else. Where a backend
+// wants scratch behind the result (Metal), what its size hangs on is among the parameters: RPC clients remember sizes by
+// them and by the shape of the result.
 
 #include "ggml-edgekv.h"
 #include "ggml-impl.h"

@@ -2,7 +2,7 @@
 
 // What the threads of a warp or a block find out together.
 
-// the sum, greatest or least over the lanes of a group of N adjacent ones (N a power of two), in all of them
+// the sum over the lanes of a group of N adjacent ones (N a power of two), in all of them
 template <int N>
 EK_FN float ek_lanes_sum(float x) {
     EK_UNROLL

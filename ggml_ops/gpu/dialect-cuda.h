@@ -31,7 +31,6 @@ EK_FN ek_thread ek_here() {
 }
 
 template <typename T> EK_FN T ek_shuffle_xor (T x, uint32_t mask)  { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
-template <typename T> EK_FN T ek_shuffle     (T x, uint32_t lane)  { return __shfl_sync    (0xFFFFFFFFu, x, lane); }
 // the value of the lane `delta` below; undefined for the first ones
 template <typename T> EK_FN T ek_shuffle_up  (T x, uint32_t delta) { return __shfl_up_sync (0xFFFFFFFFu, x, delta); }
 
@@ -39,7 +38,6 @@ EK_FN uint32_t ek_bits (float x)    { return __float_as_uint(x); }
 EK_FN float    ek_float(uint32_t x) { return __uint_as_float(x); }
 
 EK_FN float    ek_half_to_float(uint16_t x) { return __half2float(__ushort_as_half(x)); }
-EK_FN uint16_t ek_float_to_half(float x)    { return __half_as_ushort(__float2half_rn(x)); }
 
 EK_FN float ek_exp (float x) { return expf(x); }
 EK_FN float ek_tanh(float x) { return tanhf(x); }

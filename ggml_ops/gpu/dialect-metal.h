@@ -26,7 +26,6 @@ struct ek_thread {
 };
 
 template <typename T> EK_FN T ek_shuffle_xor (T x, uint32_t mask)  { return simd_shuffle_xor(x, (ushort) mask); }
-template <typename T> EK_FN T ek_shuffle     (T x, uint32_t lane)  { return simd_shuffle    (x, (ushort) lane); }
 // the value of the lane `delta` below; undefined for the first ones
 template <typename T> EK_FN T ek_shuffle_up  (T x, uint32_t delta) { return simd_shuffle_up (x, (ushort) delta); }
 
@@ -34,7 +33,6 @@ EK_FN uint32_t ek_bits (float x)    { return as_type<uint32_t>(x); }
 EK_FN float    ek_float(uint32_t x) { return as_type<float>(x); }
 
 EK_FN float    ek_half_to_float(uint16_t x) { return (float) as_type<half>(x); }
-EK_FN uint16_t ek_float_to_half(float x)    { return as_type<uint16_t>((half) x); }
 
 EK_FN float ek_exp (float x) { return exp(x); }
 EK_FN float ek_tanh(float x) { return precise::tanh(x); }

@@ -3,8 +3,7 @@
 #include "ggml-edgekv.h"
 
 #include "../gpu/args.h"
-#include "../gpu/plan-evict.h"
-#include "../gpu/plan-select.h"
+#include "../gpu/plan-ops.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -16,15 +15,6 @@ using buffer_of = ggml_metal_buffer_id (*)(const ggml_tensor *);
 // behind the result, at a multiple of 16 bytes
 size_t scratch_offset(const ggml_tensor * op) {
     return GGML_PAD(ggml_nbytes(op), 16);
-}
-
-size_t scratch_size(const ggml_tensor * op) {
-    switch (op->op) {
-        case GGML_OP_EDGEKV_KEY_MEAN:     return ek_key_mean_plan(op).scratch;
-        case GGML_OP_EDGEKV_CHOOSE_PAGES: return ek_choose_pages_plan(op).scratch;
-        case GGML_OP_EDGEKV_ATTN:         return ek_attn_plan(op).scratch;
-        default:                          return 0;
-    }
 }
 
 // One kernel: its pipeline, then its parameters in their order, then the launch.
@@ -93,21 +83,11 @@ const char * type_name(int types) {
 } // namespace
 
 bool ggml_edgekv_metal_supports_op(const ggml_tensor * op) {
-    switch (op->op) {
-        case GGML_OP_EDGEKV_SCORE:        return ek_score_plan       ::supports(op);
-        case GGML_OP_EDGEKV_KEY_MEAN:     return ek_key_mean_plan    ::supports(op);
-        case GGML_OP_EDGEKV_CHOOSE:       return ek_choose_plan      ::supports(op);
-        case GGML_OP_EDGEKV_COMPACT:      return ek_compact_plan     ::supports(op);
-        case GGML_OP_EDGEKV_SUMMARIZE:    return ek_summarize_plan   ::supports(op);
-        case GGML_OP_EDGEKV_PAGE_SCORES:  return ek_page_scores_plan ::supports(op);
-        case GGML_OP_EDGEKV_CHOOSE_PAGES: return ek_choose_pages_plan::supports(op);
-        case GGML_OP_EDGEKV_ATTN:         return ek_attn_plan        ::supports(op);
-        default:                          return false;
-    }
+    return ek_supports(op);
 }
 
 size_t ggml_edgekv_metal_scratch(const ggml_tensor * op) {
-    const size_t size = scratch_size(op);
+    const size_t size = ek_scratch(op);
     return size == 0 ? 0 : scratch_offset(op) - ggml_nbytes(op) + size;
 }
 
