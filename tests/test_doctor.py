@@ -490,3 +490,13 @@ def test_a_gpu_that_this_build_does_not_use(tmp_path, monkeypatch):
         pytest.skip("this build has CUDA")
     advice = json.loads(edgekv("doctor", "-o", "json").stdout)["advice"]
     assert any("NVIDIA Made Up is here" in line and "-DGGML_CUDA=on" in line for line in advice)
+
+
+def test_graphics_in_the_processor_take_layers_only_alone(monkeypatch):
+    """As llama.cpp chooses: a CPU, a GPU, graphics of the processor, an accelerator."""
+    ggml = _runtime.Ggml()
+    kinds = {10: 0, 11: 1, 12: 2, 13: 3}
+    monkeypatch.setattr(ggml, "device_type", kinds.get)
+    for devices, gpus in ([10, 12, 11, 13], [11]), ([10, 12], [12]), ([10, 13], []):
+        monkeypatch.setattr(ggml, "devices", lambda devices=devices: devices)
+        assert ggml.gpus() == gpus
