@@ -143,7 +143,7 @@ def decode_steps(
         batch = tokens[i : i + DECODE_TOKENS]
         session.decode(batch, pos + i)
         for i_layer in range(n_layers):
-            q, p = native.last_step(session.ctx, i_layer)
+            q, p = native.last_step(session.ctx, i_layer, session.per_query_head)
             queries[i_layer].append(q)
             pages[i_layer].append(p)
         each(len(batch))
@@ -202,6 +202,8 @@ def measure(
     Raises:
         EdgekvError: the text is too short, the model cannot be loaded, or its attention cannot be judged.
     """
+    if selection.per_query_head:
+        raise EdgekvError("pages that are chosen per query head are judged by edgekv eval attention")
     gguf = GGUF(path)
     score = Score.of(gguf)
     n_ctx = context_for(gguf, length, n_steps, 1)
@@ -223,7 +225,7 @@ def measure(
         found = np.full((3, len(judged), max(layers[i].n_head_kv for i in judged)), np.nan)
         n_read = n_total = 0
         for row, i in enumerate(judged):
-            layer, pages = layers[i], _whole(chosen[i], layers[i].n_head_kv, positions // selection.page_size)
+            layer, pages = layers[i], whole_choices(chosen[i], layers[i].n_head_kv, positions // selection.page_size)
             n_read += int((pages >= 0).sum())
             n_total += int((positions // selection.page_size + 1).sum()) * layer.n_head_kv
             groups = np.split(queries[i], layer.n_head_kv, axis=1)
@@ -247,10 +249,11 @@ def measure(
     )
 
 
-def _whole(chosen: list[np.ndarray | None], n_head_kv: int, newest: np.ndarray) -> np.ndarray:
-    """The choices of all steps, int32 ``[n_steps, n_head_kv, n_pages]``: all pages where nothing was chosen."""
+def whole_choices(chosen: list[np.ndarray | None], n_choices: int, newest: np.ndarray) -> np.ndarray:
+    """The choices of all steps, int32 ``[n_steps, n_choices, n_pages]``: all pages where nothing was chosen. ``n_choices``:
+    heads that choose by themselves."""
     numbers = np.arange(newest[-1] + 1)
-    pages = np.where(numbers <= newest[:, None], numbers, -1)[:, None].repeat(n_head_kv, axis=1)
+    pages = np.where(numbers <= newest[:, None], numbers, -1)[:, None].repeat(n_choices, axis=1)
     at = 0
     for part in chosen:
         end = min(at + DECODE_TOKENS, len(newest))

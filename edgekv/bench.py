@@ -46,7 +46,7 @@ from edgekv.gguf_file import GGUF
 from edgekv.llama import load_filters
 from edgekv.rpc import exit_on_loss, gpu_layers
 from edgekv.session import CACHE_TYPES, Session, default_threads
-from edgekv.settings import EvictionSettings, SelectionSettings
+from edgekv.settings import EvictionSettings, SelectionSettings, needs_filters
 
 import llama_cpp
 
@@ -147,7 +147,7 @@ def plan(
         eviction = EvictionSettings.resolve(policy, budget, kv_window, keep, n_ctx=depth, bytes_per_token=per_token)
         settings += [Setting(eviction, selection, depth, fa, tk, tv, t, ub, ngl, rpc) for selection in selections
                      if fa or not selection.needs_flash_attention]
-    if "qfilters" in kv_evict:
+    if any(map(needs_filters, kv_evict)):
         load_filters(gguf)
     return list(dict.fromkeys(settings))
 
@@ -403,7 +403,7 @@ def _end_with_parent() -> None:
 
 
 def _open(model: str, s: Setting, n_ctx: int, eviction: EvictionSettings, selection: SelectionSettings) -> Session:
-    filters = load_filters(GGUF(model)) if eviction.policy == "qfilters" else None
+    filters = load_filters(GGUF(model)) if needs_filters(eviction.policy) else None
     return Session(model, n_ctx=n_ctx, n_ubatch=s.n_ubatch, n_threads=s.n_threads, flash_attn=s.flash_attn,
                    type_k=s.type_k, type_v=s.type_v, n_gpu_layers=s.n_gpu_layers, rpc_servers=s.rpc, settings=eviction,
                    filters=filters, selection=selection)

@@ -18,7 +18,7 @@ from edgekv.checkpoints import Checkpoint, Checkpoints, common_prefix
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.memory import available_bytes
-from edgekv.settings import EvictionSettings, SelectionSettings
+from edgekv.settings import EvictionSettings, SelectionSettings, needs_filters, needs_queries
 
 import llama_cpp
 
@@ -38,7 +38,7 @@ class Llama(llama_cpp.Llama):
     document with another question, an answer to be given again, an edited last turn) goes on from there.
 
     Args:
-        kv_evict: ``none`` (byte for byte the stock runtime), ``qfilters``, ``streaming``, ``knorm`` or ``keydiff``.
+        kv_evict: ``none`` (byte for byte the stock runtime) or one of ``edgekv.settings.POLICIES``.
         kv_budget: tokens kept by an eviction: ``2048``, ``"x8"`` (context / 8) or ``"1.5GiB"``.
         kv_window: last tokens, always kept (default ``min(256, budget / 4)``).
         keep: first tokens, always kept (default 4).
@@ -90,7 +90,7 @@ class Llama(llama_cpp.Llama):
             n_ctx=n_ctx or gguf.context_length,
             bytes_per_token=_bytes_per_token(gguf, kv_budget, kwargs.get("type_k"), kwargs.get("type_v")),
         )
-        self.filters = load_filters(gguf, qfilters) if self.eviction.policy == "qfilters" else None
+        self.filters = load_filters(gguf, qfilters) if needs_filters(self.eviction.policy) else None
         if isinstance(selection, str):
             selection = SelectionSettings.resolve(selection)
         if not isinstance(selection, SelectionSettings):
@@ -104,6 +104,8 @@ class Llama(llama_cpp.Llama):
             kwargs.setdefault("n_gpu_layers", -1)
             self._devices = rpc.devices(rpc_servers)
 
+        if needs_queries(self.eviction.policy):
+            cache_ram = 0  # a state does not have them
         if cache_ram is None:
             cache_ram = min(8192, (available_bytes() or 0) // 4 // _MIB)
         self.checkpoints = Checkpoints(cache_ram * _MIB)

@@ -37,6 +37,7 @@ class _Params(ctypes.Structure):
         ("select_budget", ctypes.c_uint32),
         ("page_size", ctypes.c_uint32),
         ("n_dense_layers", ctypes.c_uint32),
+        ("select_per_query_head", ctypes.c_bool),
         ("grouped_attn", ctypes.c_bool),
         ("tap_queries", ctypes.c_bool),
     ]
@@ -136,6 +137,8 @@ _set_next = _bind("llama_edgekv_set_next", ctypes.c_bool, ctypes.POINTER(_Params
 _last_error = _bind("llama_edgekv_last_error", ctypes.c_char_p)
 _clear_error = _bind("llama_edgekv_clear_error", None)
 _evict = _bind("llama_edgekv_evict", _i64, _ctx_p, _i32, _u32)
+_evict_as = _bind("llama_edgekv_evict_as", _i64, _ctx_p, _i32, ctypes.POINTER(_Params), ctypes.POINTER(ctypes.c_float),
+                  _u64)
 _set_keep = _bind("llama_edgekv_set_keep", ctypes.c_bool, _ctx_p, _u32)
 _get_stats = _bind("llama_edgekv_get_stats", ctypes.c_bool, _ctx_p, _i32, ctypes.POINTER(_Stats))
 _is_swa = _bind("llama_edgekv_is_swa", ctypes.c_bool, _ctx_p, _i32)
@@ -191,6 +194,23 @@ def _fail(fallback: str) -> EdgekvError:
     return EdgekvError(last_error() or fallback)
 
 
+def _params(settings: EvictionSettings | None, filters: QFilters | None = None) -> _Params:
+    params = _Params(struct_size=ctypes.sizeof(_Params), policy=b"none")
+    if settings is not None and settings.policy != "none":
+        params.policy = settings.policy.encode()
+        params.mode = MODES.index(settings.mode)
+        params.budget, params.window, params.n_keep = settings.budget, settings.window, settings.keep
+        if filters is not None:
+            vectors = filters.flat()
+            filter_layers = np.array(filters.layers, dtype=np.int32)
+            params.filters = vectors.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            params.n_filters = vectors.size
+            params.filter_layers = filter_layers.ctypes.data_as(ctypes.POINTER(_i32))
+            params.n_filter_layers = filter_layers.size
+            params.owners = vectors, filter_layers  # the struct holds bare pointers
+    return params
+
+
 def set_next(
     settings: EvictionSettings | None,
     filters: QFilters | None = None,
@@ -206,22 +226,13 @@ def set_next(
         EdgekvError: the settings contradict themselves.
     """
     clear_error()
-    params = _Params(struct_size=ctypes.sizeof(_Params), policy=b"none", tap_queries=tap_queries)
-    if settings is not None and settings.policy != "none":
-        params.policy = settings.policy.encode()
-        params.mode = MODES.index(settings.mode)
-        params.budget, params.window, params.n_keep = settings.budget, settings.window, settings.keep
-        if filters is not None:
-            vectors = filters.flat()
-            filter_layers = np.array(filters.layers, dtype=np.int32)
-            params.filters = vectors.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            params.n_filters = vectors.size
-            params.filter_layers = filter_layers.ctypes.data_as(ctypes.POINTER(_i32))
-            params.n_filter_layers = filter_layers.size
+    params = _params(settings, filters)
+    params.tap_queries = tap_queries
     if selection is not None:
         params.select = selection.method.encode()
         params.select_budget, params.page_size = selection.budget, selection.page_size
         params.n_dense_layers, params.grouped_attn = selection.dense_layers, selection.grouped_attention
+        params.select_per_query_head = selection.per_query_head
     if not _set_next(ctypes.byref(params)):
         raise _fail("the settings of the cache were refused")
 
@@ -234,6 +245,24 @@ def evict(ctx, seq_id: int = 0, budget: int = 0) -> int:
     """Evict one sequence now; returns the tokens that left each KV head."""
     clear_error()
     n = _evict(ctx, seq_id, budget)
+    if n < 0:
+        raise _fail("the eviction failed")
+    return n
+
+
+def evict_as(
+    ctx,
+    settings: EvictionSettings,
+    filters: QFilters | None = None,
+    scores: np.ndarray | None = None,
+    seq_id: int = 0,
+) -> int:
+    """Evict one sequence now by other settings than the context's; see ``llama_edgekv_evict_as``. ``scores``: float32
+    ``[n_head_kv, n_used]`` of each cache layer, flat, for the policy ``given``. Returns the tokens that left each KV head."""
+    clear_error()
+    flat = None if scores is None else np.ascontiguousarray(scores, np.float32)
+    data = None if flat is None else flat.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    n = _evict_as(ctx, seq_id, ctypes.byref(_params(settings, filters)), data, 0 if flat is None else flat.size)
     if n < 0:
         raise _fail("the eviction failed")
     return n
@@ -361,12 +390,13 @@ def tap(ctx, i_layer: int, i_head: int, head_size: int) -> tuple[np.ndarray, np.
     return moment, total, n
 
 
-def last_step(ctx, i_layer: int) -> tuple[np.ndarray, np.ndarray | None]:
+def last_step(ctx, i_layer: int, per_query_head: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
     """What the last ubatch, of at most 64 tokens, did in a cache layer (``tap_queries``).
 
     Returns:
         The post-RoPE queries, float32 [n_tokens, n_head, head_size], and the pages chosen for them, int32 [n_tokens,
-        n_head_kv, n_chosen] (ascending, then -1), None where all cells were read.
+        n_head_kv, n_chosen] (ascending, then -1), None where all cells were read; [n_tokens, n_head, n_chosen] where the
+        context selects ``per_query_head``.
     """
     layer = layers(ctx)[i_layer]
     found = []
@@ -378,7 +408,8 @@ def last_step(ctx, i_layer: int) -> tuple[np.ndarray, np.ndarray | None]:
         function(ctx, i_layer, out.ctypes.data_as(ctypes.POINTER(kind)), n)
         found.append(out)
     queries = found[0].reshape(-1, layer.n_head, layer.head_size_k)
-    return queries, found[1].reshape(len(queries), layer.n_head_kv, -1) if found[1].size else None
+    heads = layer.n_head if per_query_head else layer.n_head_kv
+    return queries, found[1].reshape(len(queries), heads, -1) if found[1].size else None
 
 
 def type_block(ggml_type: int) -> tuple[int, int]:

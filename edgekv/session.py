@@ -97,6 +97,7 @@ class Session:
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
+        self.per_query_head = selection is not None and selection.per_query_head
         native.set_next(settings, filters, selection, tap_queries)
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)
         if not self.ctx:
@@ -161,6 +162,22 @@ class Session:
             raise EdgekvError("the text cannot be tokenised")
         return list(out[:n])
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens say, without special ones."""
+        ids = (llama_cpp.llama_token * len(tokens))(*tokens)
+        room = 16 * len(tokens) + 16
+        for _ in range(2):  # a negative result is the size that was needed
+            out = ctypes.create_string_buffer(room)
+            n = llama_cpp.llama_detokenize(self.vocab, ids, len(ids), out, room, False, False)
+            if n >= 0:
+                break
+            room = -n
+        return out.raw[: max(n, 0)].decode(errors="replace")
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends an answer."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
     def remove(self, p0: int, p1: int = -1, seq_id: int = 0) -> bool:
         return bool(llama_cpp.llama_memory_seq_rm(self.memory, seq_id, p0, p1))
 
@@ -169,6 +186,19 @@ class Session:
 
     def evict(self, seq_id: int = 0, budget: int = 0) -> int:
         return native.evict(self.ctx, seq_id, budget)
+
+    def evict_as(self, settings: EvictionSettings, filters: QFilters | None = None, seq_id: int = 0,
+                 scores: list[np.ndarray] | None = None) -> int:
+        """Evict one sequence by other settings than the context's own, whose mode must be ``prompt``: policies are compared
+        on copies of one sequence that was read once.
+
+        Args:
+            scores: for the policy ``given``: float32 ``[n_head_kv, n_used]`` per cache layer, higher means keep.
+
+        Returns the tokens that left each KV head. EdgekvError if the settings, filters or scores do not fit.
+        """
+        flat = None if scores is None else np.concatenate([np.asarray(s, np.float32).ravel() for s in scores])
+        return native.evict_as(self.ctx, settings, filters, flat, seq_id)
 
     def copy(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
         """Copy a sequence. Void upstream: :func:`edgekv.native.last_error` says if it was refused."""

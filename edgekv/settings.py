@@ -7,10 +7,24 @@ from dataclasses import dataclass
 
 from edgekv.errors import EdgekvError
 
-POLICIES = ("none", "qfilters", "streaming", "knorm", "keydiff")
+POLICIES = ("none", "kvdiff", "qfilters", "qfilters+keydiff", "keydiff", "knorm", "snapkv", "streaming", "random")
 MODES = ("bounded", "prompt")
 SELECTIONS = ("none", "quest")
 PAGE_SIZES = (8, 16, 32, 64)
+
+# the default where something has to be evicted: see docs/quality.md
+DEFAULT_POLICY = "kvdiff"
+
+
+def needs_filters(policy: str) -> bool:
+    """Whether a policy looks at the model's Q-Filters."""
+    return "qfilters" in policy.split("+")
+
+
+def needs_queries(policy: str) -> bool:
+    """Whether a policy looks at the queries of the last tokens."""
+    return policy == "snapkv"
+
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
@@ -94,6 +108,8 @@ class SelectionSettings:
         grouped_attention: steps that do not select read the cache with our attention kernel, each row once for all query
             heads of its KV head: faster than the stock one, equal but for the last bits. The dense layers of a step that
             selects are read so anyway.
+        per_query_head: choose pages for each query head by itself, as the paper does, instead of once for all query heads
+            of a KV head. For comparisons: K and V are read once per query head then.
     """
 
     method: str = "quest"
@@ -101,6 +117,7 @@ class SelectionSettings:
     page_size: int = 16
     dense_layers: int = 2
     grouped_attention: bool = False
+    per_query_head: bool = False
 
     @classmethod
     def resolve(
@@ -110,6 +127,7 @@ class SelectionSettings:
         page_size: int | None = None,
         dense_layers: int | None = None,
         grouped_attention: bool = False,
+        per_query_head: bool = False,
     ) -> SelectionSettings:
         """Check what the user wrote.
 
@@ -146,7 +164,7 @@ class SelectionSettings:
         layers = 2 if dense_layers is None else dense_layers
         if layers < 0:
             raise EdgekvError(f"--kv-dense-layers {layers}: must not be negative")
-        return cls(method, tokens, page_size, layers, grouped_attention)
+        return cls(method, tokens, page_size, layers, grouped_attention, per_query_head)
 
     @property
     def needs_flash_attention(self) -> bool:

@@ -87,8 +87,24 @@ def key_mean(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return unit.mean(axis=0), (keys.shape[-1] / 2 + 4) * EPS * np.abs(unit).mean(axis=0)
 
 
-def policy_scores(policy: str, keys: np.ndarray, vec: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of one head's keys (higher stays) and their error bounds; ``vec`` is its filter, for ``qfilters``."""
+def unlike(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How unlike each row is to the mean of the normalised rows: minus ``<mean, row> / |row|``."""
+    mean, mean_error = key_mean(rows)
+    value, error = cos(rows, mean)
+    return -value, error + np.abs(rows) @ mean_error / np.maximum(norm(rows)[0], 1e-300)
+
+
+def zscore(value: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(value - mean) / standard deviation``: the errors of the value, of both sums, and of the scale."""
+    spread = np.sqrt(value.var() + 1e-12)
+    z = (value - value.mean()) / spread
+    n = len(value)
+    shift = error.mean() + n * EPS * np.abs(value).mean()
+    return z, 2 * ((error + shift) / spread + np.abs(z) * ((error.max() + shift) / spread + (n + 4) * EPS))
+
+
+def policy_scores(policy: str, keys: np.ndarray, values: np.ndarray, vec: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of one head's tokens (higher stays) and their error bounds; ``vec`` is its filter."""
     if policy == "qfilters":
         return dot(keys, vec)
     if policy == "streaming":
@@ -97,11 +113,11 @@ def policy_scores(policy: str, keys: np.ndarray, vec: np.ndarray | None) -> tupl
         value, error = norm(keys)
         return -value, error
     if policy == "keydiff":
-        mean, mean_error = key_mean(keys)
-        value, error = cos(keys, mean)
-        length = np.maximum(norm(keys)[0], 1e-300)
-        return -value, error + np.abs(keys) @ mean_error / length
-    raise ValueError(policy)
+        return unlike(keys)
+    parts = {"kvdiff": lambda: (unlike(keys), unlike(values), norm(values)),
+             "qfilters+keydiff": lambda: (dot(keys, vec), unlike(keys))}[policy]()
+    scores = [zscore(*part) for part in parts]
+    return sum(value for value, _ in scores), sum(error + EPS * np.abs(value) for value, error in scores)
 
 
 # --- choice and moves ------------------------------------------------------------------------------------------------
@@ -149,6 +165,7 @@ class Rule:
     n_ubatch: int
     n_ctx: int
     type_k: str
+    type_v: str
     shapes: list[tuple[int, int, int]]  # per cache layer: KV heads, bytes of a head's row of K, of V
     filters: list[np.ndarray] | None = None  # per cache layer [KV heads, head size], as stored keys meet them
     bounded: bool = True
@@ -182,7 +199,7 @@ class Rule:
         kept = {}
         for (layer, h), head in self.heads.items():
             vec = self.filters[layer][h] if self.filters is not None else None
-            scores, error = policy_scores(self.policy, dequantise(self.type_k, head.k), vec)
+            scores, error = policy_scores(self.policy, dequantise(self.type_k, head.k), dequantise(self.type_v, head.v), vec)
             ours = choose(scores, self.keep, self.window, budget)
             theirs = np.searchsorted(head.positions, observed(layer, h))
             assert np.array_equal(head.positions[np.minimum(theirs, self.used - 1)], observed(layer, h))

@@ -16,7 +16,7 @@ from edgekv import session as session_module
 from edgekv.errors import EdgekvError
 from edgekv.filters import QFilters
 from edgekv.session import CACHE_TYPES
-from edgekv.settings import EvictionSettings
+from edgekv.settings import EvictionSettings, needs_filters
 from process import python
 from tinymodel import write_tiny_model
 
@@ -25,7 +25,7 @@ import llama_cpp  # last: edgekv says which library it loads
 # threads wait for each other by spinning: with models this small a busy machine would do nothing else
 Session = functools.partial(session_module.Session, n_threads=1)
 
-POLICIES = ("qfilters", "streaming", "knorm", "keydiff")
+POLICIES = ("qfilters", "streaming", "knorm", "keydiff", "kvdiff", "qfilters+keydiff")
 # K, V, flash attention: V as rows and transposed, K as it is and rotated (quantised, head size 64)
 CACHES = [("f16", "f16", False), ("f16", "f16", True), ("f32", "bf16", False), ("q8_0", "f16", False),
           ("q8_0", "q8_0", True), ("q4_0", "q4_0", True)]
@@ -87,7 +87,7 @@ class Twins:
         type_k, type_v, flash_attn = cache
         self.saved = []
         n_head_kv = {32: 2, 64: 3}[head_size]  # see models()
-        filters = self.rng.standard_normal((2, n_head_kv, head_size)).astype(np.float32) if policy == "qfilters" else None
+        filters = self.rng.standard_normal((2, n_head_kv, head_size)).astype(np.float32) if needs_filters(policy) else None
         self.open = functools.partial(
             Session, path, n_ctx=n_ctx, n_ubatch=n_ubatch, n_seq_max=2, type_k=type_k, type_v=type_v,
             flash_attn=flash_attn, filters=None if filters is None else QFilters(list(filters), [0, 1]),
@@ -96,7 +96,7 @@ class Twins:
         shapes = [(layer.n_head_kv, layer.k_row_bytes, layer.v_row_bytes) for layer in self.session.layers()]
         if filters is not None:
             filters = oracle.rotated(filters, type_k not in ("f32", "f16", "bf16"))
-        self.rules = [oracle.Rule(policy, budget, window, keep, n_ubatch, n_ctx, type_k, shapes, filters,
+        self.rules = [oracle.Rule(policy, budget, window, keep, n_ubatch, n_ctx, type_k, type_v, shapes, filters,
                                   bounded=mode == "bounded") for _ in range(2)]
         cells = min(n_ctx, (min(n_ctx, budget + n_ubatch) + 255) // 256 * 256)
         assert self.session.stats().cells_allocated == (cells if mode == "bounded" else n_ctx)
@@ -541,7 +541,7 @@ def test_a_budget_above_the_context(model):
     """Keep and window fit the budget, but not the context: nothing is ever evicted. (An abort would end pytest.)"""
     code = f"""
 from edgekv.session import Session
-from edgekv.settings import EvictionSettings
+from edgekv.settings import EvictionSettings, needs_filters
 for mode in ("bounded", "prompt"):
     with Session({os.fspath(model)!r}, n_ctx=256, n_ubatch=16, settings=EvictionSettings("knorm", 4096, 256, 4, mode)) as s:
         s.read(range(1, 257))

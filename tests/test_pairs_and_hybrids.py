@@ -48,7 +48,7 @@ def test_which_layers(models):
 
 
 @pytest.mark.parametrize("flash_attn", (False, True))
-@pytest.mark.parametrize("policy", ("qfilters", "streaming", "knorm", "keydiff"))
+@pytest.mark.parametrize("policy", ("qfilters", "streaming", "knorm", "keydiff", "kvdiff"))
 def test_the_rule(model, policy, flash_attn):
     """Two sequences, alone and in one batch, over many evictions and tails taken back."""
     rng = np.random.default_rng(3)
@@ -60,7 +60,7 @@ def test_the_rule(model, policy, flash_attn):
         filters = QFilters(list(vectors), FULL)
     with Session(model, settings=settings, filters=filters, flash_attn=flash_attn) as s:
         shapes = [(layer.n_head_kv, layer.k_row_bytes, layer.v_row_bytes) for layer in s.layers()]
-        rules = [oracle.Rule(policy, 40, 10, 4, 16, 1024, "f16", shapes, vectors if policy == "qfilters" else None)
+        rules = [oracle.Rule(policy, 40, 10, 4, 16, 1024, "f16", "f16", shapes, vectors if policy == "qfilters" else None)
                  for _ in range(2)]
 
         def follow(seq_id, n, due):

@@ -24,7 +24,7 @@ from edgekv.gguf_file import GGUF
 from edgekv.llama import load_filters
 from edgekv.session import Session
 from edgekv.session_file import SavedSession
-from edgekv.settings import EvictionSettings, SelectionSettings
+from edgekv.settings import EvictionSettings, SelectionSettings, needs_filters
 from ggml import Graph
 from process import EDGEKV, python
 from test_cli_errors import edgekv, fails
@@ -383,7 +383,7 @@ QUEST = SelectionSettings("quest", 64, 16, 1)
 
 def follow(model, n=8, servers="", settings=None, evict=0, **options):
     """Read, perhaps evict, and answer greedily: logits of every step, positions and rows of the cache, state."""
-    filters = load_filters(GGUF(model)) if settings is not None and settings.policy == "qfilters" else None
+    filters = load_filters(GGUF(model)) if settings is not None and needs_filters(settings.policy) else None
     with Session(model, n_ctx=512, n_ubatch=64, n_threads=1, settings=settings, filters=filters, rpc_servers=servers,
                  **options) as session:
         logits, token, pos = [], 5, len(TOKENS)
@@ -413,7 +413,7 @@ def equal(here, there):
     assert here["state"] == there["state"]
 
 
-POLICIES = ["none", "qfilters", "streaming", "knorm", "keydiff"]
+POLICIES = ["none", "qfilters", "streaming", "knorm", "kvdiff", "qfilters+keydiff"]
 
 
 @pytest.mark.parametrize("mode", ["bounded", "prompt"])
@@ -533,7 +533,7 @@ def test_an_eviction_reads_once_per_device(policy, model, servers):
     """One graph there and one read: the choices, four bytes per KV head and token that stays, and nothing else."""
     n, budget = 300, 128
     settings = EvictionSettings(policy, budget, 16, 4, "prompt")
-    filters = load_filters(GGUF(model)) if policy == "qfilters" else None
+    filters = load_filters(GGUF(model)) if needs_filters(policy) else None
     options = {"n_ctx": 512, "n_ubatch": 64, "n_threads": 1, "settings": settings, "filters": filters}
     # with how many cache layers at the servers: the output counts as one
     for ngl, n_there in ((None, N_LAYER), (4, 3), (1, 0)):

@@ -78,16 +78,19 @@ class Watched(session_module.Session):
         quantised = self.type_k not in ("f32", "f16", "bf16")
         page_size = self.selection.page_size
         for i, layer in enumerate(self.layers()):
-            queries, pages = native.last_step(self.ctx, i)
+            queries, pages = native.last_step(self.ctx, i, self.per_query_head)
             assert len(queries) == len(visible)
             if layer.il < self.selection.dense_layers:
                 assert pages is None
                 continue
-            assert pages.shape == (len(visible), layer.n_head_kv, -(-self.selection.budget // page_size))
+            n_choices = layer.n_head if self.per_query_head else layer.n_head_kv
+            assert pages.shape == (len(visible), n_choices, -(-self.selection.budget // page_size))
             queries = oracle.rotated(queries, quantised)
-            n, size = layer.n_head // layer.n_head_kv, layer.head_size_k
-            for h in range(layer.n_head_kv):
-                bounds = {seq_id: oracle.summaries(keys(i, h, seq_id), page_size) for seq_id in {v[0] for v in visible}}
+            n, size = layer.n_head // n_choices, layer.head_size_k
+            for h in range(n_choices):
+                h_kv = h * layer.n_head_kv // n_choices
+                bounds = {seq_id: oracle.summaries(keys(i, h_kv, seq_id), page_size)
+                          for seq_id in {v[0] for v in visible}}
                 for t, (seq_id, cells) in enumerate(visible):
                     q, b = queries[t, h * n : (h + 1) * n], np.abs(bounds[seq_id])
                     largest = np.maximum(b[:, :size], b[:, size:])
@@ -192,6 +195,29 @@ def test_after_a_prompt(models, name, type_k, page_size):
             s.steps(page_size + 2 if page_size < 32 else 8)  # over the edge of a page where that is near
             for m in range(2, 9):
                 s.step(m)
+
+
+@pytest.mark.parametrize("name, type_k", [("32", "f16"), ("64", "q8_0"), ("gemma3", "f16"), ("lfm2", "f16")])
+def test_each_query_head_by_itself(models, name, type_k):
+    """As the paper has it: the choice is that of the oracle for one query head, and what is read goes to that head. Where
+    all cells are read, both ways of choosing give the same answer."""
+    selection = SelectionSettings("quest", 64, 16, 0, per_query_head=True)
+    with Watched(models[name], selection, type_k, n_seq_max=2, n_ctx=512, n_ubatch=512) as s:
+        s.more(250)
+        s.steps(6)
+        s.step(5)
+        assert s.stats().n_selections == 7
+        s.copy(0, 1)
+        s.step(1, seq_id=1)
+
+    text, everything = tokens(208), {}
+    for each in (False, True):
+        whole = SelectionSettings("quest", 224, 16, 0, per_query_head=each)
+        with Session(models[name], type_k=type_k, selection=whole) as s:
+            s.read(text[:200])
+            everything[each] = s.decode(text[200:], 200, logits="all")
+            assert s.stats().n_selections > 0
+    np.testing.assert_allclose(everything[True], everything[False], rtol=0, atol=1e-4)
 
 
 def test_a_budget_is_rounded_up_to_pages(models):

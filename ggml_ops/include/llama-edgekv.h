@@ -45,7 +45,7 @@ enum llama_edgekv_mode {
 struct llama_edgekv_params {
     uint32_t struct_size; // sizeof(struct llama_edgekv_params) of the caller
 
-    // eviction: "none", "qfilters", "streaming", "knorm" or "keydiff"
+    // eviction: "none" or the name of a policy (llama/policies/)
     const char * policy;
     int32_t  mode;    // enum llama_edgekv_mode
     uint32_t budget;  // cached tokens per sequence and KV head after an eviction
@@ -64,6 +64,8 @@ struct llama_edgekv_params {
     uint32_t select_budget;  // cells read per decode step and KV head, rounded up to pages; 0: llama_edgekv_auto_budget()
     uint32_t page_size;      // cells per page: 8, 16, 32 or 64
     uint32_t n_dense_layers; // the first layers of the model, which are not selected from
+    bool select_per_query_head; // each query head chooses pages by itself, as in the paper: K and V are read once per
+                                // query head then; for comparisons
 
     // decode steps that do not select read the cache with our kernel, each row once for all query heads of its KV head.
     // The result differs from stock's in the last bits. Where a step selects, its dense layers are read so anyway.
@@ -123,6 +125,13 @@ LLAMA_API void         llama_edgekv_clear_error(void);
 // sequence's floor to n - window.
 LLAMA_API int64_t llama_edgekv_evict(struct llama_context * ctx, llama_seq_id seq_id, uint32_t budget);
 
+// Evict one sequence now by the policy, budget, window, n_keep and filters of `how`, in a context of mode PROMPT. So
+// policies are compared on copies of one sequence that was read once. A policy that looks at queries needs a context with
+// tap_queries or with such a policy. With policy "given" the scores come from here: F32 [n_used, n_head_kv] layer by layer,
+// in cell order, higher means: keep. Returns what llama_edgekv_evict() does.
+LLAMA_API int64_t llama_edgekv_evict_as(struct llama_context * ctx, llama_seq_id seq_id, const struct llama_edgekv_params * how,
+                                        const float * scores, uint64_t n_scores);
+
 // Keep the first n_keep tokens from the next eviction on: a system prompt's length is known only after the context
 // exists. False if n_keep + window exceed the budget, or without eviction.
 LLAMA_API bool llama_edgekv_set_keep(struct llama_context * ctx, uint32_t n_keep);
@@ -158,9 +167,9 @@ LLAMA_API int64_t llama_edgekv_rows(struct llama_context * ctx, llama_seq_id seq
 LLAMA_API int64_t llama_edgekv_tap_get(struct llama_context * ctx, int32_t i_layer, int32_t i_head, double * moment, double * sum);
 
 // What the last ubatch did in cache layer i_layer (tap_queries): its post-RoPE queries, F32 [n_tokens, n_head, head_size],
-// if there were at most LLAMA_EDGEKV_TAP_TOKENS, and the pages that were chosen for them, I32 [n_tokens, n_head_kv, n_chosen],
-// ascending, then -1; none where all cells were read. Both return how many numbers there are, -1 on error, and write at
-// most n_max.
+// if there were at most LLAMA_EDGEKV_TAP_TOKENS, and the pages that were chosen for them, I32 [n_tokens, n_head_kv, n_chosen]
+// ([n_tokens, n_head, n_chosen] with select_per_query_head), ascending, then -1; none where all cells were read. Both
+// return how many numbers there are, -1 on error, and write at most n_max.
 LLAMA_API int64_t llama_edgekv_tap_queries(struct llama_context * ctx, int32_t i_layer, float   * out, int64_t n_max);
 LLAMA_API int64_t llama_edgekv_tap_pages  (struct llama_context * ctx, int32_t i_layer, int32_t * out, int64_t n_max);
 

@@ -113,6 +113,41 @@ int64_t llama_edgekv_evict(llama_context * ctx, llama_seq_id seq_id, uint32_t bu
     return evict->run(v.strm, budget) ? (int64_t) v.cells.size() - budget : -1;
 }
 
+int64_t llama_edgekv_evict_as(llama_context * ctx, llama_seq_id seq_id, const llama_edgekv_params * how, const float * scores, uint64_t n_scores) {
+    const view v = sequence(ctx, seq_id, 0);
+    if (!v.kv) {
+        return -1;
+    }
+    auto * evict = v.kv->get_evict();
+    if (!evict || evict->settings().mode != LLAMA_EDGEKV_MODE_PROMPT) {
+        llama_edgekv_set_error("only a context that evicts on demand (mode \"prompt\") can be evicted by other settings than its own");
+        return -1;
+    }
+    const auto settings = llama_edgekv_parse(how);
+    if (!settings) {
+        return -1;
+    }
+    if (!settings->policy) {
+        llama_edgekv_set_error("policy 'none' evicts nothing");
+        return -1;
+    }
+    if (v.cells.size() <= settings->budget) {
+        return 0;
+    }
+    if ((settings->policy->needs & llama_edgekv_policy::GIVEN) && !settings->policy->score) {
+        uint64_t expected = 0;
+        for (size_t i = 0; i < evict->n_layers(); ++i) {
+            expected += v.cells.size()*evict->n_head_kv(i);
+        }
+        if (!scores || n_scores != expected) {
+            llama_edgekv_set_error(format("%llu scores were given, and the sequence has %llu keys",
+                        (unsigned long long) n_scores, (unsigned long long) expected));
+            return -1;
+        }
+    }
+    return evict->run_as(v.strm, settings, scores) ? (int64_t) v.cells.size() - settings->budget : -1;
+}
+
 bool llama_edgekv_get_stats(llama_context * ctx, llama_seq_id seq_id, llama_edgekv_stats * stats) {
     if (stats->struct_size != sizeof(llama_edgekv_stats)) {
         llama_edgekv_set_error("llama_edgekv_stats has another size here: the bindings and the library are of different versions");
@@ -278,14 +313,14 @@ static const llama_edgekv_tap::layer * find_tap(llama_context * ctx, int32_t i_l
         return nullptr;
     }
     const auto & cfg = ctx->get_cparams().edgekv;
-    if (!cfg || !cfg->tap) {
+    if (!cfg || !cfg->tap || !cfg->tap->all) {
         llama_edgekv_set_error("the context was created without tap_queries");
         return nullptr;
     }
     ctx->synchronize();
 
     const auto it = cfg->tap->layers.find(info.il);
-    if (it == cfg->tap->layers.end()) {
+    if (it == cfg->tap->layers.end() || it->second.n_embd == 0) {
         llama_edgekv_set_error(format("no queries were seen in layer %d", info.il));
         return nullptr;
     }

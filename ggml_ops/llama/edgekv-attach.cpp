@@ -110,6 +110,21 @@ void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams
     }
 }
 
+uint32_t llama_edgekv_graph_nodes(const llama_model & model, const llama_cparams & cparams) {
+    const auto & cfg = cparams.edgekv;
+    if (!cfg || !cfg->select_per_query_head) {
+        return 0;
+    }
+    // views, scores, choice, attention, their counters and two concatenations for each query head of a group
+    uint32_t res = 0;
+    for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
+        if (const uint32_t n_head_kv = model.hparams.n_head_kv(il)) {
+            res += 16*model.hparams.n_head(il)/n_head_kv;
+        }
+    }
+    return res;
+}
+
 void llama_edgekv_attach(
         llama_memory_i * memory,
         const llama_model & model,

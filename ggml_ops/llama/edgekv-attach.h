@@ -4,6 +4,7 @@
 
 #include "ggml-backend.h"
 
+#include <cstdint>
 #include <vector>
 
 class  llama_kv_cache;
@@ -23,6 +24,9 @@ llama_edgekv_caches llama_edgekv_find_caches(llama_memory_i * memory);
 
 // Throws std::runtime_error if the model, its cache or the context cannot do what the context's settings ask for.
 void llama_edgekv_check(const llama_model & model, const llama_cparams & cparams, llama_memory_i * memory);
+
+// The nodes that our operators need in a context's graph beyond what llama.cpp's own bound leaves free.
+uint32_t llama_edgekv_graph_nodes(const llama_model & model, const llama_cparams & cparams);
 
 // Gives the memory's cache an evictor and a selector, if the settings ask for them, before the context reserves its
 // graphs. Throws as their constructors do.

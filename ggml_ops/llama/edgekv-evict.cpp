@@ -2,6 +2,7 @@
 
 #include "edgekv-hash.h"
 #include "edgekv-select.h"
+#include "edgekv-tap.h"
 #include "ggml-edgekv.h"
 
 #include "llama-cparams.h"
@@ -14,6 +15,8 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
+
+static constexpr size_t MAX_NODES = 48; // of a layer: views of K and V, scores, choice and its copy, two moves
 
 llama_edgekv_evictor::llama_edgekv_evictor(
         const llama_edgekv_caches & caches,
@@ -30,9 +33,8 @@ llama_edgekv_evictor::llama_edgekv_evictor(
     n_ctx_seq(cparams.n_ctx_seq),
     n_ubatch(cparams.n_ubatch),
     n_threads(cparams.n_threads_batch),
+    own(kv, cfg),
     streams(kv.n_stream) {
-
-    load_filters();
 
     // the worst case, so that no eviction allocates: all cells used. Window and keep change no shape, and in a context
     // smaller than both they never meet.
@@ -41,87 +43,13 @@ llama_edgekv_evictor::llama_edgekv_evictor(
     reserve_chosen(worst.budget);
 
     ggml_context_ptr ctx = graph_context();
-    ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size(), worst);
+    ggml_cgraph * gf = build_graph(ctx.get(), 0, kv.get_size(), own, worst);
 
     computer = std::make_unique<llama_edgekv_computer>(kv, std::move(backends), std::move(bufts), gf, kv.hparams.no_alloc, "eviction");
 }
 
 size_t llama_edgekv_evictor::scratch_bytes() const {
-    size_t res = computer->n_bytes() + chosen->n_bytes();
-    for (const auto & f : filters) {
-        res += ggml_backend_buffer_get_size(f.buf.get());
-    }
-    return res;
-}
-
-void llama_edgekv_evictor::load_filters() {
-    if (!cfg->policy->needs_filters) {
-        return;
-    }
-
-    // where each layer's vectors begin
-    std::map<uint32_t, size_t> offsets;
-    size_t expected = 0;
-    for (const int32_t il : cfg->filter_layers) {
-        if (il < 0 || il >= (int32_t) kv.hparams.n_layer_all) {
-            throw std::runtime_error("the filters do not fit the model: there is no layer " + std::to_string(il));
-        }
-        offsets[il] = expected;
-        expected += (size_t) kv.hparams.n_head_kv(il)*kv.hparams.n_embd_head_k(il);
-    }
-    if (expected != cfg->filters.size()) {
-        throw std::runtime_error("the filters do not fit the model: " + std::to_string(cfg->filters.size()) +
-                " numbers instead of " + std::to_string(expected));
-    }
-
-    std::vector<float> rotated;
-
-    for (const auto & layer : kv.layers) {
-        const int64_t n_head = kv.hparams.n_head_kv(layer.il);
-        const int64_t n_embd = kv.hparams.n_embd_head_k(layer.il);
-
-        const auto it = offsets.find(layer.il);
-        if (it == offsets.end()) {
-            throw std::runtime_error(format("the filters lack layer %u", layer.il));
-        }
-        const auto first = cfg->filters.begin() + it->second;
-        rotated.assign(first, first + n_head*n_embd);
-
-        for (int64_t h = 0; h < n_head; ++h) {
-            double norm = 0.0;
-            for (int64_t i = 0; i < n_embd; ++i) {
-                norm += (double) rotated[h*n_embd + i]*rotated[h*n_embd + i];
-            }
-            if (!(norm > 0.0)) {
-                throw std::runtime_error(format("the filter of layer %u, KV head %d is zero", layer.il, (int) h));
-            }
-        }
-
-        if (kv.attn_rot_k) {
-            // K is stored rotated by an orthonormal Hadamard matrix, block by block: <Hf, Hk> = <f, k>
-            int64_t n_rot = 64;
-            while (n_embd % (2*n_rot) == 0) {
-                n_rot *= 2;
-            }
-            const auto & H = kv.attn_rot_hadamard.at(n_rot);
-
-            const std::vector<float> plain = rotated;
-            for (int64_t b = 0; b < n_head*n_embd; b += n_rot) {
-                for (int64_t i = 0; i < n_rot; ++i) {
-                    double s = 0.0;
-                    for (int64_t j = 0; j < n_rot; ++j) {
-                        s += (double) H[i*n_rot + j]*plain[b + j];
-                    }
-                    rotated[b + i] = (float) s;
-                }
-            }
-        }
-
-        llama_edgekv_beside f(layer.k, GGML_TYPE_F32, { n_embd, n_head, 1, 1 }, format("edgekv_filters_l%u", layer.il), false, "the filters");
-        ggml_backend_buffer_set_usage(f.buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-        ggml_backend_tensor_set(f.tensor, rotated.data(), 0, ggml_nbytes(f.tensor));
-        filters.push_back(std::move(f));
-    }
+    return computer->n_bytes() + chosen->n_bytes() + own.n_bytes();
 }
 
 void llama_edgekv_evictor::reserve_chosen(uint32_t budget) {
@@ -305,8 +233,7 @@ void llama_edgekv_evictor::move_cells(uint32_t strm, uint32_t budget) {
 }
 
 ggml_context_ptr llama_edgekv_evictor::graph_context() const {
-    // per layer: views of K and V, scores (two operators at most), choice and its copy, two moves
-    const size_t n_tensors = 16*kv.layers.size();
+    const size_t n_tensors = MAX_NODES*kv.layers.size();
 
     ggml_init_params params = {
         /*.mem_size   =*/ n_tensors*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_tensors, false),
@@ -317,8 +244,8 @@ ggml_context_ptr llama_edgekv_evictor::graph_context() const {
 }
 
 ggml_cgraph * llama_edgekv_evictor::build_graph(
-        ggml_context * ctx, uint32_t strm, uint32_t n_used, share sh) const {
-    ggml_cgraph * gf = ggml_new_graph_custom(ctx, 16*kv.layers.size(), false);
+        ggml_context * ctx, uint32_t strm, uint32_t n_used, const llama_edgekv_scorer & scorer, share sh) const {
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx, MAX_NODES*kv.layers.size(), false);
 
     for (size_t i = 0; i < kv.layers.size(); ++i) {
         const auto & layer = kv.layers[i];
@@ -332,9 +259,6 @@ ggml_cgraph * llama_edgekv_evictor::build_graph(
 
         ggml_tensor * keys = ggml_view_3d(ctx, k, n_k, n_head, n_used, ggml_row_size(k->type, n_k), k->nb[1], 0);
 
-        ggml_tensor * scores = cfg->policy->scores(ctx, keys, filters.empty() ? nullptr : filters[i].tensor);
-        ggml_tensor * idx    = ggml_edgekv_choose(ctx, scores, n_head, sh.n_keep, sh.window, sh.budget);
-
         ggml_tensor * values;
         if (kv.v_trans) {
             const size_t nb = ggml_type_size(v->type)*kv.get_size();
@@ -344,6 +268,9 @@ ggml_cgraph * llama_edgekv_evictor::build_graph(
             values = ggml_view_3d(ctx, v, n_v, n_head, n_used, ggml_row_size(v->type, n_v), v->nb[1], 0);
         }
 
+        ggml_tensor * scores = scorer.scores(ctx, i, keys, values);
+        ggml_tensor * idx    = ggml_edgekv_choose(ctx, scores, n_head, sh.n_keep, sh.window, sh.budget);
+
         ggml_build_forward_expand(gf, ggml_cpy(ctx, idx, chosen->view(ctx, i, sh.budget, n_head)));
         ggml_build_forward_expand(gf, ggml_edgekv_compact(ctx, keys,   idx));
         ggml_build_forward_expand(gf, ggml_edgekv_compact(ctx, values, idx));
@@ -352,22 +279,60 @@ ggml_cgraph * llama_edgekv_evictor::build_graph(
     return gf;
 }
 
-bool llama_edgekv_evictor::run(const std::vector<uint32_t> & strms) {
+bool llama_edgekv_evictor::run(const std::vector<uint32_t> & strms, const llama_ubatch & ubatch) {
     for (uint32_t strm : strms) {
         if (!run(strm, cfg->budget)) {
             return false;
         }
     }
+    if (cfg->tap) {
+        cfg->tap->strm.clear();
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            cfg->tap->strm.push_back(kv.seq_to_stream[ubatch.seq_id[i][0]]);
+        }
+        cfg->tap->pos.assign(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+    }
     return true;
 }
 
 bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
+    return run(strm, own, { budget, cfg->window, keep }, nullptr);
+}
+
+bool llama_edgekv_evictor::run_as(uint32_t strm, const llama_edgekv_settings_ptr & how, const float * given) {
+    const share sh = { how->budget, how->window, how->n_keep };
+
+    try {
+        llama_edgekv_scorer scorer(kv, how);
+
+        reserve_chosen(sh.budget);
+
+        ggml_context_ptr ctx = graph_context();
+        llama_edgekv_check_devices(kv, build_graph(ctx.get(), strm, n_used(strm), scorer, { sh.budget, 0, 0 }), "eviction");
+
+        return run(strm, scorer, sh, given);
+    } catch (const std::exception & err) {
+        llama_edgekv_set_error(err.what());
+        return false;
+    }
+}
+
+bool llama_edgekv_evictor::run(uint32_t strm, llama_edgekv_scorer & scorer, share sh, const float * given) {
     // the last ubatch may still be computing on the same buffers
     computer->synchronize();
 
     const int64_t t_start = ggml_time_us();
 
-    const uint32_t used = n_used(strm);
+    const uint32_t used   = n_used(strm);
+    const uint32_t budget = sh.budget;
+
+    const llama_edgekv_scorer::stream about = {
+        strm, used, (uint32_t) (n_past(strm) - streams[strm].floor), cfg->tap.get(),
+        [&](size_t i_layer, uint32_t i_head, uint32_t cell) { return true_position(strm, i_layer, i_head, cell); }, given
+    };
+    if (!scorer.prepare(about)) {
+        return false;
+    }
 
     try {
         reserve_chosen(budget);
@@ -376,7 +341,7 @@ bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
         return false;
     }
     ggml_context_ptr ctx = graph_context();
-    ggml_cgraph * gf = build_graph(ctx.get(), strm, used, { budget, cfg->window, keep });
+    ggml_cgraph * gf = build_graph(ctx.get(), strm, used, scorer, sh);
 
     if (!computer->run(gf, n_threads)) {
         llama_edgekv_set_error("the eviction could not be computed");
@@ -397,7 +362,7 @@ bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
 
     st.moved   = std::move(moved);
     st.n_moved = budget;
-    st.floor   = std::max<llama_pos>(st.floor, n_past(strm) - (llama_pos) cfg->window);
+    st.floor   = std::max<llama_pos>(st.floor, n_past(strm) - (llama_pos) sh.window);
     st.n_evictions++;
 
     move_cells(strm, budget);
@@ -465,6 +430,9 @@ void llama_edgekv_evictor::removed() {
         } else {
             st.n_moved = std::min(st.n_moved, used);
         }
+        if (cfg->tap) {
+            cfg->tap->removed(strm, n_past(strm));
+        }
     }
 }
 
@@ -487,6 +455,9 @@ bool llama_edgekv_evictor::can_copy(llama_seq_id src, llama_seq_id dst, llama_po
 
 void llama_edgekv_evictor::copied(uint32_t s_src, uint32_t s_dst) {
     streams[s_dst] = streams[s_src];
+    if (cfg->tap) {
+        cfg->tap->copied(s_src, s_dst);
+    }
 }
 
 void llama_edgekv_evictor::cleared() {

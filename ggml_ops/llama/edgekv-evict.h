@@ -14,12 +14,12 @@
 
 #include "edgekv-attach.h"
 #include "edgekv-compute.h"
+#include "edgekv-scorer.h"
 #include "edgekv-settings.h"
 
 #include "ggml-cpp.h"
 #include "llama-kv-cells.h"
 
-#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -54,9 +54,12 @@ public:
     llama_edgekv_plan plan(const llama_ubatch & ubatch);
     void              undo(const llama_edgekv_plan & plan);
 
-    // both halves, for the streams that plan() named (or one, down to a budget)
-    bool run(const std::vector<uint32_t> & strm);
+    // both halves, for the streams that plan() named before this ubatch (or one, down to a budget)
+    bool run(const std::vector<uint32_t> & strm, const llama_ubatch & ubatch);
     bool run(uint32_t strm, uint32_t budget);
+
+    // one stream by other settings; `given` are the scores of policy "given", see llama_edgekv_evict_as()
+    bool run_as(uint32_t strm, const llama_edgekv_settings_ptr & how, const float * given);
 
     // the rule for removal; true: go ahead. Otherwise the error is set and the cache must stay as it is.
     bool can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
@@ -131,10 +134,11 @@ private:
         uint32_t n_keep;
     };
 
-    ggml_cgraph * build_graph(ggml_context * ctx, uint32_t strm, uint32_t n_used, share sh) const;
+    bool run(uint32_t strm, llama_edgekv_scorer & scorer, share sh, const float * given);
+
+    ggml_cgraph * build_graph(ggml_context * ctx, uint32_t strm, uint32_t n_used, const llama_edgekv_scorer & scorer, share sh) const;
     ggml_context_ptr graph_context() const;
 
-    void load_filters();
     void reserve_chosen(uint32_t budget);
 
     const llama_edgekv_caches caches;
@@ -153,7 +157,7 @@ private:
 
     std::unique_ptr<llama_edgekv_computer> computer;
 
-    std::vector<llama_edgekv_beside> filters; // per cache layer, or empty
+    llama_edgekv_scorer own; // by the context's settings
 
     // the cells that the last eviction kept, for the true positions: [budget, n_head_kv] of each cache layer
     std::unique_ptr<llama_edgekv_readback> chosen;

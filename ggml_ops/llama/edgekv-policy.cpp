@@ -8,6 +8,11 @@ const llama_edgekv_policy * llama_edgekv_policy_find(const char * name) {
         &llama_edgekv_policy_streaming,
         &llama_edgekv_policy_knorm,
         &llama_edgekv_policy_keydiff,
+        &llama_edgekv_policy_kvdiff,
+        &llama_edgekv_policy_qfilters_keydiff,
+        &llama_edgekv_policy_snapkv,
+        &llama_edgekv_policy_random,
+        &llama_edgekv_policy_given,
     };
 
     for (const auto * policy : all) {

@@ -175,26 +175,50 @@ ggml_tensor * llama_edgekv_selector::build_attn(
         }
     };
 
-    ggml_tensor * pages = nullptr;
-    if (selects && l.summaries && il >= (int) cfg->n_dense_layers) {
-        const uint32_t s0 = (uint32_t) (k->view_offs/k->nb[3]);
+    const float    softcap = kv.hparams.attn_soft_cap ? kv.hparams.f_attn_logit_softcapping : 0.0f;
+    const bool     chooses = selects && l.summaries && il >= (int) cfg->n_dense_layers;
+    const uint32_t s0      = (uint32_t) (k->view_offs/k->nb[3]);
 
-        ggml_tensor * scores = ggml_edgekv_page_scores(ctx, q, view(ctx, l, (uint32_t) n_kv, s0, (uint32_t) n_stream));
-        count(ctx, scores, i_layer, SCORES);
-        place(scores);
+    // one choice for all query heads of a KV head, or the first ones of all KV heads choose, then the second ones, ...
+    const int64_t n_choices = chooses && cfg->select_per_query_head ? q->ne[2]/k->ne[1] : 1;
 
-        // the sinks are in the first page
-        pages = ggml_edgekv_choose_pages(ctx, scores, mask, cfg->page_size, /*n_first =*/ 1, n_chosen);
-        count(ctx, pages, i_layer, CHOICE);
-        place(pages);
-        ggml_format_name(pages, "edgekv_pages-%d", il);
+    ggml_tensor * cur       = nullptr;
+    ggml_tensor * all_pages = nullptr;
+
+    for (int64_t g = 0; g < n_choices; ++g) {
+        ggml_tensor * q_g     = q;
+        ggml_tensor * sinks_g = sinks;
+        if (n_choices > 1) {
+            q_g = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], k->ne[1], q->ne[3], q->nb[1], q->nb[2]*n_choices, q->nb[3], g*q->nb[2]);
+            if (sinks) {
+                sinks_g = ggml_cont(ctx, ggml_view_2d(ctx, sinks, 1, k->ne[1], sinks->nb[0]*n_choices, g*sinks->nb[0]));
+            }
+        }
+
+        ggml_tensor * pages = nullptr;
+        if (chooses) {
+            ggml_tensor * scores = ggml_edgekv_page_scores(ctx, q_g, view(ctx, l, (uint32_t) n_kv, s0, (uint32_t) n_stream));
+            count(ctx, scores, i_layer, SCORES);
+            place(scores);
+
+            // the sinks are in the first page
+            pages = ggml_edgekv_choose_pages(ctx, scores, mask, cfg->page_size, /*n_first =*/ 1, n_chosen);
+            count(ctx, pages, i_layer, CHOICE);
+            place(pages);
+        }
+
+        ggml_tensor * part = ggml_edgekv_attn(ctx, q_g, k, v, mask, pages, sinks_g, cfg->page_size, scale, softcap);
+        count(ctx, part, i_layer, pages ? ATTN : DENSE);
+        place(part);
+
+        // beside each other in dimension 0: the heads of a group are adjacent then
+        cur       = cur ? ggml_concat(ctx, cur, part, 0) : part;
+        all_pages = all_pages && cfg->tap ? ggml_concat(ctx, all_pages, pages, 0) : pages;
     }
-
-    ggml_tensor * cur = ggml_edgekv_attn(ctx, q, k, v, mask, pages, sinks, cfg->page_size, scale,
-            kv.hparams.attn_soft_cap ? kv.hparams.f_attn_logit_softcapping : 0.0f);
-    count(ctx, cur, i_layer, pages ? ATTN : DENSE);
-
-    place(cur);
+    if (all_pages) {
+        ggml_format_name(all_pages, "edgekv_pages-%d", il);
+        ggml_build_forward_expand(gf, all_pages);
+    }
 
     cur = ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
     ggml_build_forward_expand(gf, cur);
@@ -286,7 +310,9 @@ void llama_edgekv_selector::add_to(llama_edgekv_stats & stats) const {
         const int64_t * choice = counts[i].data() + 4*CHOICE;
 
         stats.summary_bytes += ggml_nbytes(l.summaries);
-        stats.n_selections   = std::max<uint64_t>(stats.n_selections, choice[1]);
+        const uint64_t n_choices = cfg->select_per_query_head ? kv.hparams.n_head(il)/kv.hparams.n_head_kv(il) : 1;
+
+        stats.n_selections   = std::max<uint64_t>(stats.n_selections, choice[1]/n_choices);
         stats.pages_read    += choice[2];
         stats.pages_total   += choice[3];
         stats.bytes_read    += choice[2]*page + choice[3]*l.summaries->nb[1];

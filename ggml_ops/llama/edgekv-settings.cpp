@@ -26,17 +26,22 @@ llama_edgekv_settings_ptr llama_edgekv_take_settings() {
     return std::move(next_settings);
 }
 
-static bool refuse(std::string text) {
+static std::nullptr_t refuse(std::string text) {
     llama_edgekv_set_error(std::move(text));
-    return false;
+    return nullptr;
 }
 
 bool llama_edgekv_set_next(const llama_edgekv_params * params) {
-    next_settings.reset();
+    next_settings = params ? llama_edgekv_parse(params) : nullptr;
 
-    if (!params) {
-        return true;
+    if (next_settings && next_settings->policy == &llama_edgekv_policy_given) {
+        next_settings.reset();
+        refuse("policy 'given' is for llama_edgekv_evict_as(): a context has to know how to score by itself");
     }
+    return !params || next_settings;
+}
+
+llama_edgekv_settings_ptr llama_edgekv_parse(const llama_edgekv_params * params) {
     if (params->struct_size != sizeof(llama_edgekv_params)) {
         return refuse("llama_edgekv_params has another size here: the bindings and the library are of different versions");
     }
@@ -58,7 +63,10 @@ bool llama_edgekv_set_next(const llama_edgekv_params * params) {
             return refuse("keep (" + std::to_string(params->n_keep) + ") + window (" + std::to_string(params->window) +
                           ") exceed the budget (" + std::to_string(params->budget) + ")");
         }
-        if (s->policy->needs_filters) {
+        if ((s->policy->needs & llama_edgekv_policy::QUERIES) && params->window == 0) {
+            return refuse(std::string("policy '") + s->policy->name + "' looks at the queries of the window: give one (--kv-window)");
+        }
+        if (s->policy->needs & llama_edgekv_policy::FILTERS) {
             if (!params->filters || params->n_filters == 0) {
                 return refuse(std::string("policy '") + s->policy->name + "' needs filters");
             }
@@ -96,15 +104,16 @@ bool llama_edgekv_set_next(const llama_edgekv_params * params) {
         s->select_budget  = params->select_budget;
         s->page_size      = params->page_size;
         s->n_dense_layers = params->n_dense_layers;
+        s->select_per_query_head = params->select_per_query_head;
     }
     s->grouped_attn = params->grouped_attn;
 
-    if (params->tap_queries) {
+    if (params->tap_queries || (s->policy && (s->policy->needs & llama_edgekv_policy::QUERIES))) {
         s->tap = std::make_shared<llama_edgekv_tap>();
+        s->tap->all     = params->tap_queries;
+        s->tap->n_last += s->window;
     }
-
-    next_settings = std::move(s);
-    return true;
+    return s;
 }
 
 uint32_t llama_edgekv_auto_budget(uint32_t n) {

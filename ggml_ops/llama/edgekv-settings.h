@@ -29,6 +29,7 @@ struct llama_edgekv_settings {
     uint32_t select_budget  = 0; // 0: auto
     uint32_t page_size      = 16;
     uint32_t n_dense_layers = 2;
+    bool     select_per_query_head = false;
     bool     grouped_attn   = false;
 
     // whether decode steps read the cache in another way than stock's
@@ -38,6 +39,9 @@ struct llama_edgekv_settings {
 };
 
 using llama_edgekv_settings_ptr = std::shared_ptr<const llama_edgekv_settings>;
+
+// NULL, and the error is set, if they contradict themselves
+llama_edgekv_settings_ptr llama_edgekv_parse(const llama_edgekv_params * params);
 
 // the settings stored for this thread's next context; consumed
 llama_edgekv_settings_ptr llama_edgekv_take_settings();

@@ -195,6 +195,9 @@ struct io_memory : public llama_io_read_i {
 // --- checks ----------------------------------------------------------------------------------------------------------
 
 void check_call(const llama_edgekv_evictor & evict, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if (evict.settings().policy->needs & llama_edgekv_policy::QUERIES) {
+        fail(std::string("the queries that policy '") + evict.settings().policy->name + "' looks at are not part of a state");
+    }
     if (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) {
         fail("where eviction is on, the state of one half of the memory cannot be saved or loaded");
     }

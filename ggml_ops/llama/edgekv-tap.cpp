@@ -16,10 +16,13 @@ static int layer_of(const ggml_tensor * t, const char * prefix) {
     return strncmp(t->name, prefix, n) == 0 ? atoi(t->name + n) : -1;
 }
 
-void llama_edgekv_tap_query(const llama_cparams & cparams, ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, int il) {
+void llama_edgekv_tap_query(
+        const llama_cparams & cparams, ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, float kq_scale, int il) {
     if (!cparams.edgekv || !cparams.edgekv->tap) {
         return;
     }
+    cparams.edgekv->tap->layers[il].kq_scale = kq_scale;
+
     ggml_tensor * copy = ggml_cont(ctx, q);
     ggml_format_name(copy, "%s%d", TAP_PREFIX, il);
     ggml_build_forward_expand(gf, copy);
@@ -66,6 +69,43 @@ static void add_head(llama_edgekv_tap & tap, llama_edgekv_tap::layer & layer, in
     }
 }
 
+static void drop(llama_edgekv_tap::last & last, int64_t first, int64_t end, int64_t size) {
+    last.pos    .erase(last.pos    .begin() + first,      last.pos    .begin() + end);
+    last.queries.erase(last.queries.begin() + first*size, last.queries.begin() + end*size);
+}
+
+static void add_last(llama_edgekv_tap & tap, llama_edgekv_tap::layer & layer, int64_t n_tokens) {
+    if ((int64_t) tap.strm.size() != n_tokens) {
+        return; // a graph that is only measured, or nobody asks
+    }
+    const int64_t size = layer.n_embd*layer.n_head;
+
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        auto & last = layer.streams[tap.strm[t]];
+
+        last.pos.push_back(tap.pos[t]);
+        last.queries.insert(last.queries.end(), tap.queries.begin() + t*size, tap.queries.begin() + (t + 1)*size);
+    }
+    for (auto & [_, last] : layer.streams) {
+        drop(last, 0, std::max<int64_t>(0, (int64_t) last.pos.size() - (int64_t) tap.n_last), size);
+    }
+}
+
+void llama_edgekv_tap::copied(uint32_t s_src, uint32_t s_dst) {
+    for (auto & [_, layer] : layers) {
+        layer.streams[s_dst] = layer.streams[s_src];
+    }
+}
+
+void llama_edgekv_tap::removed(uint32_t strm, llama_pos n_past) {
+    for (auto & [_, layer] : layers) {
+        auto & last = layer.streams[strm];
+
+        const auto first = std::lower_bound(last.pos.begin(), last.pos.end(), n_past) - last.pos.begin();
+        drop(last, first, last.pos.size(), layer.n_embd*layer.n_head);
+    }
+}
+
 bool llama_edgekv_tap_eval(ggml_tensor * t, bool ask, void * user_data) {
     const int il_query = layer_of(t, TAP_PREFIX);
     const int il_pages = layer_of(t, PAGES_PREFIX);
@@ -86,15 +126,21 @@ bool llama_edgekv_tap_eval(ggml_tensor * t, bool ask, void * user_data) {
     }
     auto & layer = tap.layers[il_query];
 
-    if (layer.moments.empty()) {
-        layer.n_embd = t->ne[0];
-        layer.n_head = t->ne[1];
-        layer.moments.resize(layer.n_head*layer.n_embd*layer.n_embd);
-        layer.sums.resize(layer.n_head*layer.n_embd);
-    }
+    layer.n_embd = t->ne[0];
+    layer.n_head = t->ne[1];
 
     tap.queries.resize(ggml_nelements(t));
     ggml_backend_tensor_get(t, tap.queries.data(), 0, ggml_nbytes(t));
+
+    add_last(tap, layer, t->ne[2]);
+
+    if (!tap.all) {
+        return true;
+    }
+    if (layer.moments.empty()) {
+        layer.moments.resize(layer.n_head*layer.n_embd*layer.n_embd);
+        layer.sums.resize(layer.n_head*layer.n_embd);
+    }
 
     for (int64_t h = 0; h < layer.n_head; ++h) {
         add_head(tap, layer, h, t->ne[2]);

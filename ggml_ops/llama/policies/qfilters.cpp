@@ -3,8 +3,8 @@
 #include "edgekv-policy.h"
 #include "ggml-edgekv.h"
 
-static ggml_tensor * scores(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * filters) {
-    return ggml_edgekv_score(ctx, keys, filters, GGML_EDGEKV_SCORE_DOT, 1.0f);
+static ggml_tensor * scores(ggml_context * ctx, const llama_edgekv_policy_input & in) {
+    return ggml_edgekv_score(ctx, in.keys, in.filters, GGML_EDGEKV_SCORE_DOT, 1.0f);
 }
 
-const llama_edgekv_policy llama_edgekv_policy_qfilters = { "qfilters", true, scores };
+const llama_edgekv_policy llama_edgekv_policy_qfilters = { "qfilters", llama_edgekv_policy::FILTERS, scores, nullptr };
