@@ -129,7 +129,7 @@ def test_model_without_filters(plain, tmp_path, monkeypatch):
     monkeypatch.setattr("edgekv.calibrate.calibrate", lambda path, **_: random_filters(GGUF(path)))
     with pytest.raises(EdgekvError, match="has no Q-Filters: run `edgekv convert"):
         package.Llama(plain, kv_evict="qfilters", kv_budget=64)
-    arguments = ["run", plain, "-p", "x", "--kv-budget", 64, *RUN]
+    arguments = ["run", plain, "-p", "x", "--kv-evict", "qfilters", "--kv-budget", 64, *RUN]
     first = edgekv(*arguments)
     (kept,) = (tmp_path / "filters").iterdir()
     assert first.exit_code == 0 and "calibrating them once" in first.stderr

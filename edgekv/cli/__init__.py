@@ -27,6 +27,7 @@ COMMANDS = {
     "run": "Answer a prompt with a bounded KV cache.",
     "inspect": "Show a model's Q-Filters and what its KV cache costs.",
     "bench": "Measure speed and memory across settings.",
+    "eval": "Measure what compression costs: answers found, loss, divergence, attention held.",
     "rpc-server": "Compute layers for an edgekv on another machine.",
     "doctor": "Show which devices there are, what runs where, and why something is not used.",
 }

@@ -12,40 +12,9 @@ from typing import Any, Callable, Iterator
 
 import click
 
-from edgekv.cli.common import format_bytes, model_option
+from edgekv.cli.common import Numbers, Words, format_bytes, model_option
 from edgekv.cli.options import look_at_servers, rpc_option
-
-
-class Words(click.ParamType):
-    """Words with commas between them."""
-
-    name = "list"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        if isinstance(value, list):
-            return value
-        return [self.item(word.strip(), param, ctx) for word in value.split(",")]
-
-    def item(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not word:
-            self.fail("an item of the list is empty", param, ctx)
-        return word
-
-
-class Numbers(Words):
-    """Whole numbers of at least ``least`` with commas between them."""
-
-    def __init__(self, least: int):
-        self.least = least
-
-    def item(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            number = int(word)
-        except ValueError:
-            self.fail(f"{word!r} is not a whole number", param, ctx)
-        if not self.least <= number < 2**31:
-            self.fail(f"{number} is not in the range from {self.least} to 2147483647", param, ctx)
-        return number
+from edgekv.settings import POLICIES
 
 
 class Switches(Words):
@@ -60,7 +29,7 @@ class Switches(Words):
 @click.command()
 @model_option
 @click.option("--kv-evict", "kv_evict", type=Words(), default="none", show_default=True, metavar="LIST",
-              help="Eviction policies: none, qfilters, streaming, knorm, keydiff.")
+              help=f"Eviction policies: {', '.join(POLICIES)}.")
 @click.option("--kv-budget", "kv_budget", type=Words(), metavar="LIST",
               help="Tokens kept by an eviction: 2048, x8 (depth / 8) or 1.5GiB.")
 @click.option("--kv-window", type=click.IntRange(min=0), metavar="N",

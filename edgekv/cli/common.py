@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Callable
 
@@ -76,6 +77,57 @@ def checked_output(output: str | None, model: Path, suffix: str, *, stays_split:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise EdgekvError(f"-o {path}: {folder} is no folder that can be written to")
     return path
+
+
+class Words(click.ParamType):
+    """Words with commas between them, any or those of ``choices``."""
+
+    name = "list"
+
+    def __init__(self, choices: Collection[str] = ()):
+        self.choices = choices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        return [self.item(word.strip(), param, ctx) for word in value.split(",")]
+
+    def item(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not word:
+            self.fail("an item of the list is empty", param, ctx)
+        if self.choices and word not in self.choices:
+            self.fail(f"{word!r} is not one of {', '.join(self.choices)}", param, ctx)
+        return word
+
+
+class Numbers(Words):
+    """Whole numbers of at least ``least`` with commas between them."""
+
+    def __init__(self, least: int):
+        super().__init__()
+        self.least = least
+
+    def item(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(word)
+        except ValueError:
+            self.fail(f"{word!r} is not a whole number", param, ctx)
+        if not self.least <= number < 2**31:
+            self.fail(f"{number} is not in the range from {self.least} to 2147483647", param, ctx)
+        return number
+
+
+class Shares(Words):
+    """Numbers between 0 and 1 with commas between them."""
+
+    def item(self, word: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            share = float(word)
+        except ValueError:
+            self.fail(f"{word!r} is not a number", param, ctx)
+        if not 0 <= share <= 1:
+            self.fail(f"{word} is not between 0 and 1", param, ctx)
+        return share
 
 
 def format_bytes(n: float) -> str:

@@ -11,7 +11,15 @@ import click
 from edgekv.cli.common import format_bytes
 from edgekv.cli.talk import read_text, say
 from edgekv.errors import EdgekvError
-from edgekv.settings import PAGE_SIZES, POLICIES, SELECTIONS, SelectionSettings, parse_budget
+from edgekv.settings import (
+    DEFAULT_POLICY,
+    PAGE_SIZES,
+    POLICIES,
+    SELECTIONS,
+    SelectionSettings,
+    needs_filters,
+    parse_budget,
+)
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
@@ -216,7 +224,7 @@ def open_llama(
     threads = n_threads or default_threads()
     llama = Llama(
         model,
-        qfilters=filters_for(model, n_threads=threads, say=say) if kv_evict == "qfilters" else None,
+        qfilters=filters_for(model, n_threads=threads, say=say) if needs_filters(kv_evict) else None,
         selection=selection,
         cache_ram=cache_ram,
         seed=secrets.randbits(32),  # the bindings' own default is a fixed one
@@ -293,4 +301,4 @@ def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubat
     elif parse_budget(budget, n_ctx=n_ctx, bytes_per_token=per_token) >= n_ctx:
         return "none", None
 
-    return "qfilters", budget
+    return DEFAULT_POLICY, budget
