@@ -62,7 +62,8 @@ def main() -> None:
     text = document()
     settings = {
         "full cache": {},
-        **{policy: {"kv_evict": policy, "kv_budget": args.kv_budget} for policy in ("qfilters", "keydiff", "streaming")},
+        **{policy: {"kv_evict": policy, "kv_budget": args.kv_budget}
+           for policy in ("kvdiff", "qfilters", "keydiff", "streaming")},
     }
     rows = {name: ask(args.model, text, args.ub, **s) for name, s in settings.items()}
 
