@@ -353,6 +353,9 @@ def test_killed_and_started_again(model, text, tmp_path, monkeypatch, command, n
     assert len(lines) == 5 and lines[4] == '{"key": "half'
     assert json.loads(lines[0])["config"]["texts" if command == "kl" else "haystack"]
 
+    # other tests may have loaded more variants into this process
+    variant = json.loads(lines[0])["machine"]["cpu_variant"]
+    monkeypatch.setattr("edgekv.native.cpu_variant", lambda: variant)
     added = []
     add = Journal.add
     monkeypatch.setattr(Journal, "add", lambda self, key, record: (added.append(key), add(self, key, record)))

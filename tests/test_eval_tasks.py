@@ -6,7 +6,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import astuple
 
@@ -20,6 +19,7 @@ from edgekv.eval import haystack as haystacks
 from edgekv.eval import tasks
 from edgekv.eval.haystack import Haystack, default_paragraphs, paragraphs
 from edgekv.eval.tasks import NEEDLES, RULER, TASKS, Question, needle_documents, ruler_documents
+from process import python
 
 LISTS = ("cwe", "fwe")
 
@@ -419,12 +419,11 @@ def test_same_in_another_process(hay):
     here = digest(all_documents(hay))
     assert here == digest(all_documents(hay))
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_eval_tasks as t\n"
+        "import test_eval_tasks as t\n"
         "hay = t.Haystack(t.default_paragraphs()); print(hay.sha256, t.digest(t.all_documents(hay)))"
     )
     env = os.environ | {"PYTHONHASHSEED": "12345"}
-    command = [sys.executable, "-c", code, os.path.dirname(__file__)]
-    out = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+    out = subprocess.run(python(code), env=env, capture_output=True, text=True, check=True, timeout=120).stdout
     assert out.split() == [hay.sha256, here]
 
 
