@@ -21,7 +21,7 @@ from edgekv import native
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.progress import bar
-from edgekv.session import Session
+from edgekv.session import Session, Vocabulary
 from edgekv.settings import SelectionSettings
 
 DECODE_TOKENS = 8  # LLAMA_EDGEKV_DECODE_TOKENS: a batch of at most as many is a decode step
@@ -163,7 +163,7 @@ def context_for(gguf: GGUF, length: int | None, n_steps: int, n_before: int) -> 
     return n_ctx
 
 
-def first_tokens(session: Session, text: str, n: int, length: int | None, n_steps: int, n_before: int,
+def first_tokens(vocabulary: Vocabulary, text: str, n: int, length: int | None, n_steps: int, n_before: int,
                  source: str) -> list[int]:
     """The first n tokens of a text, or all if there are fewer; of a long text no more is tokenised than is needed.
 
@@ -171,7 +171,7 @@ def first_tokens(session: Session, text: str, n: int, length: int | None, n_step
     """
     size = 16 * n
     while True:
-        tokens = session.tokenize(text[:size])
+        tokens = vocabulary.tokenize(text[:size])
         if size >= len(text) or len(tokens) >= 2 * n:  # where a text is cut, the tokens around are others
             break
         size *= 4
@@ -180,6 +180,14 @@ def first_tokens(session: Session, text: str, n: int, length: int | None, n_step
         wanted = f"--length {length} asks for more" if length else f"more than --steps {n_steps} are needed"
         raise EdgekvError(f"{source}: {len(tokens)} tokens are too few, {wanted}")
     return tokens
+
+
+def judged_layers(session: Session, selection: SelectionSettings) -> list[int]:
+    """The layers of the cache that a selection may read a part of. EdgekvError, naming the flag, if there is none."""
+    judged = [i for i, layer in enumerate(session.layers()) if layer.il >= selection.dense_layers]
+    if not judged:
+        raise EdgekvError(f"--kv-dense-layers {selection.dense_layers}: leaves no layer to judge")
+    return judged
 
 
 def measure(
@@ -211,10 +219,7 @@ def measure(
     with Session(path, n_ctx=n_ctx, n_threads=n_threads, flash_attn=True, selection=selection,
                  tap_queries=True) as session:
         tokens = first_tokens(session, text, n_ctx, length, n_steps, 1, source)
-        layers = session.layers()
-        judged = [i for i, layer in enumerate(layers) if layer.il >= selection.dense_layers]
-        if not judged:
-            raise EdgekvError(f"--kv-dense-layers {selection.dense_layers}: leaves no layer to judge")
+        layers, judged = session.layers(), judged_layers(session, selection)
 
         n_prompt = len(tokens) - n_steps
         with bar("reading", len(tokens), unit="tokens", show=progress) as advance:

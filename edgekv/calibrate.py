@@ -20,7 +20,7 @@ from edgekv.convert import save_filters
 from edgekv.filters import QFilters, from_moments, join_reports, model_fingerprint, read
 from edgekv.gguf_file import GGUF
 from edgekv.pull import cache_dir
-from edgekv.session import Session
+from edgekv.session import Session, Vocabulary
 
 MIN_QUERIES = 3000  # per head; the paper finds more to change little
 N_SEQUENCES = 3
@@ -159,14 +159,13 @@ def read_text(path: Path) -> str:
         raise EdgekvError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def token_sequences(session, texts: list[str], n_ctx: int, where: str) -> list[list[int]]:
+def token_sequences(vocabulary: Vocabulary, texts: list[str], n_ctx: int, where: str) -> list[list[int]]:
     """Up to N_SEQUENCES runs of tokens, evenly spread over the text, each begun as the model begins a text.
 
-    ``session``: whatever tokenises as :meth:`Session.tokenize` does. EdgekvError, naming ``where``, if the text is
-    too short.
+    EdgekvError, naming ``where``, if the text is too short.
     """
-    begin = session.tokenize("")
-    tokens = session.tokenize("\n\n".join(texts))[len(begin) :]
+    begin = vocabulary.tokenize("")
+    tokens = vocabulary.tokenize("\n\n".join(texts))[len(begin) :]
     length = n_ctx - len(begin)
     n_max = N_SEQUENCES * SEQUENCE_TOKENS // n_ctx
 

@@ -25,9 +25,7 @@ from edgekv.filters import QFilters, from_moments, join_reports, model_fingerpri
 from edgekv.gguf_file import GGUF
 from edgekv.progress import bar
 from edgekv.rope_layout import halves_to_pairs, permuted
-from edgekv.session import Session
-
-import llama_cpp
+from edgekv.session import Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +145,7 @@ def calibrate(
     files = [Path(file) for file in text_files]
     texts = [read_text(file) for file in files] or [default_text()]
     shapes = {layer.il: layer for layer in native.cache_layers(gguf.path)}
-    with _Vocabulary(gguf.path) as vocabulary:
+    with Vocabulary(gguf.path) as vocabulary:
         where = ", ".join(map(str, files)) or "the default text"
         sequences = token_sequences(vocabulary, texts, min(SEQUENCE_TOKENS, gguf.context_length), where)
 
@@ -182,26 +180,6 @@ def calibrate(
     )
     filters.validate(gguf)
     return filters
-
-
-class _Vocabulary:
-    """The tokenizer of a GGUF file, without its weights."""
-
-    tokenize = Session.tokenize
-
-    def __init__(self, path: Path):
-        params = llama_cpp.llama_model_default_params()
-        params.vocab_only = True
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
-            raise EdgekvError(f"{path}: cannot be loaded: {native.log_error() or 'llama.cpp refused it'}")
-        self.vocab = llama_cpp.llama_model_get_vocab(self._model)
-
-    def __enter__(self) -> _Vocabulary:
-        return self
-
-    def __exit__(self, *_exc) -> None:
-        llama_cpp.llama_model_free(self._model)
 
 
 class _Statistics:

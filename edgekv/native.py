@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 from collections import deque
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -254,13 +255,13 @@ def evict_as(
     ctx,
     settings: EvictionSettings,
     filters: QFilters | None = None,
-    scores: np.ndarray | None = None,
+    scores: Sequence[np.ndarray] | None = None,
     seq_id: int = 0,
 ) -> int:
     """Evict one sequence now by other settings than the context's; see ``llama_edgekv_evict_as``. ``scores``: float32
-    ``[n_head_kv, n_used]`` of each cache layer, flat, for the policy ``given``. Returns the tokens that left each KV head."""
+    ``[n_head_kv, n_used]`` of each cache layer, for the policy ``given``. Returns the tokens that left each KV head."""
     clear_error()
-    flat = None if scores is None else np.ascontiguousarray(scores, np.float32)
+    flat = None if scores is None else np.concatenate([np.asarray(s, np.float32).ravel() for s in scores])
     data = None if flat is None else flat.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     n = _evict_as(ctx, seq_id, ctypes.byref(_params(settings, filters)), data, 0 if flat is None else flat.size)
     if n < 0:

@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from edgekv.filters import QFilters
 from edgekv.settings import EvictionSettings, SelectionSettings
 
 import llama_cpp
+
+if TYPE_CHECKING:
+    from typing import Self
 
 CACHE_TYPES = {
     "f32": llama_cpp.GGML_TYPE_F32,
@@ -28,8 +32,10 @@ CACHE_TYPES = {
     "iq4_nl": llama_cpp.GGML_TYPE_IQ4_NL,
 }
 
-def load_model(path: str | os.PathLike[str], *, n_gpu_layers: int | None = None, rpc_servers: str | Sequence[str] = ()):
-    """A ``llama_model`` pointer; see :class:`edgekv.Llama` for the arguments.
+
+def load_model(path: str | os.PathLike[str], *, n_gpu_layers: int | None = None, rpc_servers: str | Sequence[str] = (),
+               vocab_only: bool = False):
+    """A ``llama_model`` pointer; see :class:`edgekv.Llama` for the arguments. ``vocab_only``: without the weights.
 
     Raises:
         EdgekvError: llama.cpp refuses the file, or a server cannot be used; names which.
@@ -39,6 +45,7 @@ def load_model(path: str | os.PathLike[str], *, n_gpu_layers: int | None = None,
     native.silence()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = rpc.gpu_layers(n_gpu_layers, rpc_servers)
+    params.vocab_only = vocab_only
     if rpc_servers:
         devices = rpc.devices(rpc_servers)
         params.devices = ctypes.addressof(devices)
@@ -48,109 +55,21 @@ def load_model(path: str | os.PathLike[str], *, n_gpu_layers: int | None = None,
     return model
 
 
-class Session:
-    """A context on a model of its own, with as many streams as sequences.
+class Vocabulary:
+    """The tokenizer of a model file, without its weights. EdgekvError, naming the file, if it cannot be loaded."""
 
-    Args:
-        n_ctx: tokens of context per sequence.
-        n_gpu_layers, rpc_servers: see :func:`load_model`.
-        offload_kqv: the cache of layers that are elsewhere is there too.
-        settings, filters, selection, tap_queries: see :func:`edgekv.native.set_next`.
+    model = None
 
-    Raises:
-        EdgekvError: the model cannot be loaded or the context cannot be created.
-    """
+    def __init__(self, path: str | os.PathLike[str]):
+        self._hold(load_model(path, vocab_only=True))
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        n_ctx: int,
-        n_ubatch: int = 512,
-        n_batch: int | None = None,
-        n_threads: int | None = None,
-        n_seq_max: int = 1,
-        flash_attn: bool = False,
-        type_k: str = "f16",
-        type_v: str = "f16",
-        n_gpu_layers: int | None = None,
-        rpc_servers: str | Sequence[str] = (),
-        offload_kqv: bool = True,
-        settings: EvictionSettings | None = None,
-        filters: QFilters | None = None,
-        selection: SelectionSettings | None = None,
-        tap_queries: bool = False,
-    ):
-        self.model = self.ctx = self._batch = None
-        self.model = load_model(path, n_gpu_layers=n_gpu_layers, rpc_servers=rpc_servers)
-        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+    def _hold(self, model) -> None:
+        self.model = model
+        self.vocab = llama_cpp.llama_model_get_vocab(model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
 
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = n_ctx * n_seq_max
-        params.n_batch = n_batch or n_ubatch
-        params.n_ubatch = n_ubatch
-        params.n_seq_max = n_seq_max
-        params.n_threads = params.n_threads_batch = n_threads or default_threads()
-        params.type_k, params.type_v = CACHE_TYPES[type_k], CACHE_TYPES[type_v]
-        params.offload_kqv = offload_kqv
-        params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-        self.per_query_head = selection is not None and selection.per_query_head
-        native.set_next(settings, filters, selection, tap_queries)
-        self.ctx = llama_cpp.llama_init_from_model(self.model, params)
-        if not self.ctx:
-            raise EdgekvError(f"{path}: {native.last_error() or native.log_error() or 'the context could not be created'}")
-        self.memory = llama_cpp.llama_get_memory(self.ctx)
-        self.n_batch = params.n_batch
-        self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
-
-    def decode(self, tokens, pos: int, seq_id: int = 0, logits: str = "none") -> np.ndarray | None:
-        """Decode one batch.
-
-        Args:
-            tokens: at most ``n_batch`` token ids, read at the positions from ``pos`` on.
-            logits: ``none``, ``last`` or ``all``.
-
-        Returns:
-            float32 ``[n, n_vocab]`` for the tokens asked for (a copy), None for ``none``.
-
-        Raises:
-            EdgekvError: llama_decode failed (the context is full, ...).
-        """
-        code = self.try_decode(tokens, pos, seq_id, logits)
-        if code != 0:
-            raise EdgekvError(native.last_error() or f"llama_decode returned {code}")
-        if logits == "none":
-            return None
-        n = 1 if logits == "last" else len(tokens)
-        raw = llama_cpp.llama_get_logits(self.ctx)
-        return np.ctypeslib.as_array(raw, shape=(n, self.n_vocab)).copy()
-
-    def try_decode(self, tokens, pos: int, seq_id: int = 0, logits: str = "none") -> int:
-        """As :meth:`decode`; returns the code of llama_decode."""
-        batch, n = self._batch, len(tokens)
-        if n > self.n_batch:
-            raise ValueError(f"{n} tokens in a batch of {self.n_batch}")
-        batch.n_tokens = n
-        for i, token in enumerate(tokens):
-            batch.token[i] = int(token)
-            batch.pos[i] = pos + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = seq_id
-            batch.logits[i] = logits == "all" or (logits == "last" and i == n - 1)
-        native.clear_error()
-        return llama_cpp.llama_decode(self.ctx, batch)
-
-    def read(self, tokens, pos: int = 0, seq_id: int = 0, each=lambda n: None) -> None:
-        """Decode any number of tokens in batches of ``n_batch``; ``each`` is told how many a batch had."""
-        for i in range(0, len(tokens), self.n_batch):
-            chunk = tokens[i : i + self.n_batch]
-            self.decode(chunk, pos + i, seq_id)
-            each(len(chunk))
-
     def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """``special``: begun, and ended, as the model's texts are."""
         data = text.encode()
         n = len(data) + 8
         for _ in range(2):  # a negative result is the size that was needed
@@ -178,6 +97,122 @@ class Session:
         """Whether a token ends an answer."""
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
+    def close(self) -> None:
+        if self.model:
+            llama_cpp.llama_model_free(self.model)
+        self.model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Session(Vocabulary):
+    """A context on a model of its own, with as many streams as sequences.
+
+    Args:
+        n_ctx: tokens of context per sequence.
+        n_gpu_layers, rpc_servers: see :func:`load_model`.
+        offload_kqv: the cache of layers that are elsewhere is there too.
+        settings, filters, selection, tap_queries: see :func:`edgekv.native.set_next`.
+
+    Raises:
+        EdgekvError: the model cannot be loaded or the context cannot be created.
+    """
+
+    ctx = _batch = None
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_ctx: int,
+        n_ubatch: int = 512,
+        n_batch: int | None = None,
+        n_threads: int | None = None,
+        n_seq_max: int = 1,
+        flash_attn: bool = False,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        n_gpu_layers: int | None = None,
+        rpc_servers: str | Sequence[str] = (),
+        offload_kqv: bool = True,
+        settings: EvictionSettings | None = None,
+        filters: QFilters | None = None,
+        selection: SelectionSettings | None = None,
+        tap_queries: bool = False,
+    ):
+        self._hold(load_model(path, n_gpu_layers=n_gpu_layers, rpc_servers=rpc_servers))
+
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq_max
+        params.n_batch = n_batch or n_ubatch
+        params.n_ubatch = n_ubatch
+        params.n_seq_max = n_seq_max
+        params.n_threads = params.n_threads_batch = n_threads or default_threads()
+        params.type_k, params.type_v = CACHE_TYPES[type_k], CACHE_TYPES[type_v]
+        params.offload_kqv = offload_kqv
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        self.per_query_head = selection is not None and selection.per_query_head
+        native.set_next(settings, filters, selection, tap_queries)
+        self.ctx = llama_cpp.llama_init_from_model(self.model, params)
+        if not self.ctx:
+            raise EdgekvError(f"{path}: {native.last_error() or native.log_error() or 'the context could not be created'}")
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self.n_batch = params.n_batch
+        self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
+
+    def decode(self, tokens, pos: int, seq_id: int = 0, logits: str | int = "none") -> np.ndarray | None:
+        """Decode one batch.
+
+        Args:
+            tokens: at most ``n_batch`` token ids, read at the positions from ``pos`` on.
+            logits: ``none``, ``last``, ``all``, or of how many of the last tokens.
+
+        Returns:
+            float32 ``[n, n_vocab]`` for the tokens asked for (a copy), None if there are none.
+
+        Raises:
+            EdgekvError: llama_decode failed (the context is full, ...).
+        """
+        code = self.try_decode(tokens, pos, seq_id, logits)
+        if code != 0:
+            raise EdgekvError(native.last_error() or f"llama_decode returned {code}")
+        if (n := _n_logits(logits, len(tokens))) == 0:
+            return None
+        raw = llama_cpp.llama_get_logits(self.ctx)
+        return np.ctypeslib.as_array(raw, shape=(n, self.n_vocab)).copy()
+
+    def try_decode(self, tokens, pos: int, seq_id: int = 0, logits: str | int = "none") -> int:
+        """As :meth:`decode`; returns the code of llama_decode."""
+        batch, n = self._batch, len(tokens)
+        if n > self.n_batch:
+            raise ValueError(f"{n} tokens in a batch of {self.n_batch}")
+        first = n - _n_logits(logits, n)  # with logits
+        batch.n_tokens = n
+        for i, token in enumerate(tokens):
+            batch.token[i] = int(token)
+            batch.pos[i] = pos + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = seq_id
+            batch.logits[i] = i >= first
+        native.clear_error()
+        return llama_cpp.llama_decode(self.ctx, batch)
+
+    def read(self, tokens, pos: int = 0, seq_id: int = 0, each=lambda n: None) -> None:
+        """Decode any number of tokens in batches of ``n_batch``; ``each`` is told how many a batch had."""
+        for i in range(0, len(tokens), self.n_batch):
+            chunk = tokens[i : i + self.n_batch]
+            self.decode(chunk, pos + i, seq_id)
+            each(len(chunk))
+
     def remove(self, p0: int, p1: int = -1, seq_id: int = 0) -> bool:
         return bool(llama_cpp.llama_memory_seq_rm(self.memory, seq_id, p0, p1))
 
@@ -197,8 +232,7 @@ class Session:
 
         Returns the tokens that left each KV head. EdgekvError if the settings, filters or scores do not fit.
         """
-        flat = None if scores is None else np.concatenate([np.asarray(s, np.float32).ravel() for s in scores])
-        return native.evict_as(self.ctx, settings, filters, flat, seq_id)
+        return native.evict_as(self.ctx, settings, filters, scores, seq_id)
 
     def copy(self, src: int, dst: int, p0: int = -1, p1: int = -1) -> None:
         """Copy a sequence. Void upstream: :func:`edgekv.native.last_error` says if it was refused."""
@@ -243,18 +277,16 @@ class Session:
             llama_cpp.llama_batch_free(self._batch)
         if self.ctx:
             llama_cpp.llama_free(self.ctx)
-        if self.model:
-            llama_cpp.llama_model_free(self.model)
-        self.model = self.ctx = self._batch = None
+        self.ctx = self._batch = None
+        super().close()
 
-    def __enter__(self) -> Session:
-        return self
 
-    def __exit__(self, *_exc) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
+def _n_logits(logits: str | int, n_tokens: int) -> int:
+    """How many of the last tokens :meth:`Session.decode` gives logits of."""
+    n = {"none": 0, "last": 1, "all": n_tokens}.get(logits, logits)
+    if not isinstance(n, int) or not 0 <= n <= n_tokens:
+        raise ValueError(f"logits {logits!r} of {n_tokens} tokens")
+    return n
 
 
 def default_threads() -> int:

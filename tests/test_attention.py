@@ -16,8 +16,7 @@ from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.session import Session
 from edgekv.settings import SelectionSettings
-from process import EDGEKV
-from test_cli_errors import edgekv, fails
+from process import EDGEKV, edgekv, fails
 from tinymodel import write_tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -10,14 +10,13 @@ import subprocess
 import time
 
 import pytest
-from click.testing import CliRunner
 
-from edgekv import bench, cli
+from edgekv import bench
 from edgekv.convert import convert
 from edgekv.gguf_file import GGUF
 from edgekv.settings import EvictionSettings
 from test_filters import random_filters
-from process import EDGEKV
+from process import EDGEKV, edgekv, fails
 from tinymodel import write_tiny_model
 
 CELL = 2 * 2 * 2 * 32 * 2  # bytes of a cell of the tiny model in f16: layers, K and V, KV heads, channels, bytes
@@ -30,21 +29,10 @@ def model(tmp_path_factory):
     return path
 
 
-def edgekv(*args):
-    return CliRunner().invoke(cli.main, ["bench", *map(str, args)])
-
-
 def rows_of(*args):
-    r = edgekv(*args, "-o", "json")
+    r = edgekv("bench", *args, "-o", "json")
     assert r.exit_code == 0, r.output
     return json.loads(r.stdout)
-
-
-def fails(why, *args, status=1):
-    r = edgekv(*args)
-    assert r.exit_code == status, r.output
-    assert r.stdout == "" and r.stderr.startswith("edgekv: error: ") and r.stderr.count("\n") == 1, r.output
-    assert why in r.stderr, r.stderr
 
 
 def pad(cells):
@@ -115,17 +103,17 @@ def test_formats(model):
 
     assert summary(rows_of(*args)) == want
 
-    r = edgekv(*args, "-o", "jsonl")
+    r = edgekv("bench", *args, "-o", "jsonl")
     lines = r.stdout.splitlines()
     assert r.exit_code == 0 and summary(map(json.loads, lines)) == want
     names = list(json.loads(lines[0]))
 
-    r = edgekv(*args, "-o", "csv")
+    r = edgekv("bench", *args, "-o", "csv")
     table = list(csv.DictReader(io.StringIO(r.stdout)))
     assert r.exit_code == 0 and summary(table) == want and list(table[0]) == names
     assert float(table[0]["t_s"]) > 0 and table[0]["kv_budget"] == "" and table[0]["flash_attn"] == "1"
 
-    r = edgekv(*args, "-o", "md", "--progress", "--bandwidth")
+    r = edgekv("bench", *args, "-o", "md", "--progress", "--bandwidth")
     head, rule, *body = [[cell.strip() for cell in line.strip("|").split(" | ")]
                          for line in r.stdout.splitlines() if line.startswith("|")]
     assert r.exit_code == 0 and len(body) == 4 and all(len(line) == len(head) for line in [rule, *body])
@@ -199,7 +187,7 @@ def test_grouped_attention(model):
     (["-n", "0", "-p", "0"], "nothing to measure"),
 ])
 def test_wrong_settings(model, args, why):
-    fails(why, model, *args)
+    fails(why, "bench", model, *args)
 
 
 @pytest.mark.parametrize("args, flag", [
@@ -208,20 +196,20 @@ def test_wrong_settings(model, args, why):
     (["-p", "99999999999"], "-p"),
 ])
 def test_wrong_usage(model, args, flag):
-    fails(f"'{flag}'", model, *args, status=2)
+    fails(f"'{flag}'", "bench", model, *args, status=2)
 
 
 def test_models_that_cannot_be_measured(model, tmp_path):
     bare = write_tiny_model(tmp_path / "bare.gguf")
-    fails("bare.gguf: has no Q-Filters", bare, "--kv-evict", "none,qfilters", "--kv-budget", "64")
-    fails("nope.gguf", tmp_path / "nope.gguf")
+    fails("bare.gguf: has no Q-Filters", "bench", bare, "--kv-evict", "none,qfilters", "--kv-budget", "64")
+    fails("nope.gguf", "bench", tmp_path / "nope.gguf")
     odd = write_tiny_model(tmp_path / "odd.gguf", head_size=80)  # found out by the worker, when it makes the context
-    fails("odd.gguf", odd, "-ctk", "q8_0", "-n", 1, "-p", 0, "-r", 1)
+    fails("odd.gguf", "bench", odd, "-ctk", "q8_0", "-n", 1, "-p", 0, "-r", 1)
 
 
 def test_a_depth_beyond_the_trained_context_is_a_note(tmp_path):
     short = write_tiny_model(tmp_path / "short.gguf", n_ctx=64, tokenizer="none")
-    r = edgekv(short, "-d", "100", "-n", 0, "-p", 0, "-r", 1, "-o", "json")
+    r = edgekv("bench", short, "-d", "100", "-n", 0, "-p", 0, "-r", 1, "-o", "json")
     assert r.exit_code == 0 and "note: -d 100" in r.stderr and [row["test"] for row in json.loads(r.stdout)] == [
         "prompt @ d100"]
 

@@ -16,8 +16,7 @@ from edgekv.errors import EdgekvError
 from edgekv.filters import read
 from edgekv.gguf_file import GGUF
 from edgekv.session import Session
-from process import EDGEKV
-from test_cli_errors import edgekv, fails
+from process import EDGEKV, edgekv, fails
 from tinymodel import write_tiny_model
 
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_SIZE, EPS, BASE = 2, 4, 2, 32, 1e-5, 10000.0

@@ -11,32 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from edgekv import cli, filters
 from edgekv.cli.common import format_bytes
 from edgekv.convert import convert
 from edgekv.gguf_file import GGUF
-from process import EDGEKV, python
+from process import EDGEKV, edgekv, fails, python
 from test_filters import random_filters
 from tinymodel import write_tiny_model
 
 @pytest.fixture
 def model(tmp_path):
     return write_tiny_model(tmp_path / "tiny.gguf")
-
-
-def edgekv(*args):
-    return CliRunner().invoke(cli.main, [str(a) for a in args])
-
-
-def fails(why, *args, status=1):
-    r = edgekv(*args)
-    assert r.exit_code == status, r.output
-    assert r.stdout == "" and r.stderr.startswith("edgekv: error: ") and r.stderr.count("\n") == 1
-    assert why in r.stderr, r.stderr
-    return r
 
 
 def test_help_lists_all_commands_and_imports_none():

@@ -16,8 +16,7 @@ import pytest
 import edgekv as package
 from edgekv import _runtime
 from edgekv.doctor import nvidia_facts
-from process import EDGEKV, python
-from test_cli_errors import edgekv, fails
+from process import EDGEKV, edgekv, fails, python
 from tinymodel import write_tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -12,18 +12,17 @@ import zlib
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from edgekv import calibrate, cli
+from edgekv import calibrate
 from edgekv.convert import convert
 from edgekv.eval import divergence, haystack, needles, perplexity, recall, tasks
 from edgekv.eval.journal import Journal
 from edgekv.eval.report import Needles
 from edgekv.eval.setting import plan
 from edgekv.gguf_file import GGUF
-from edgekv.session import Session
+from edgekv.session import Session, Vocabulary
 from edgekv.settings import SelectionSettings
-from process import python
+from process import edgekv, fails, python
 from test_filters import random_filters
 from tinymodel import write_tiny_model
 
@@ -51,21 +50,10 @@ def knowing(monkeypatch):
     monkeypatch.setattr(tasks.Question, "score", lambda self, answer: 0.65 + zlib.crc32(answer.encode()) % 30 / 100)
 
 
-def edgekv(*args):
-    return CliRunner().invoke(cli.main, ["eval", *map(str, args)])
-
-
 def out(*args):
-    r = edgekv(*args)
+    r = edgekv("eval", *args)
     assert r.exit_code == 0, r.output
     return r.stdout
-
-
-def fails(why, *args, status=1):
-    r = edgekv(*args)
-    assert r.exit_code == status, r.output
-    assert r.stdout == "" and r.stderr.startswith("edgekv: error: ") and r.stderr.count("\n") == 1, r.output
-    assert why in r.stderr, r.stderr
 
 
 def from_csv(text):
@@ -84,7 +72,7 @@ def as_json(value):
 
 def documents_of(model, text, make):
     hay = haystack.Haystack(haystack.paragraphs([text]))
-    with perplexity.tokenizer(model) as vocabulary:
+    with Vocabulary(model) as vocabulary:
         documents = list(make(hay, vocabulary.tokenize))
         return documents, [len(vocabulary.tokenize(d.text)) for d in documents]
 
@@ -114,13 +102,14 @@ def test_niah(model, text, tmp_path, knowing):
     assert found["methods"] == as_json(expected.method_rows("streaming"))
     rows = {row["label"]: row for row in found["settings"]}
     assert len({row["mean"] for row in rows.values()}) > 4 and rows["none"]["mean"] > 0.6
-    assert rows["quest 64"]["compression"] == pytest.approx(np.mean(n_tokens) / 64)
-    assert rows["quest auto"]["compression"] == 1
+    assert rows["quest 64 page 8 dense 0"]["compression"] == pytest.approx(np.mean(n_tokens) / 64)
+    assert rows["quest auto page 8 dense 0"]["compression"] == 1
 
     config = found["header"]["config"]
     assert config["lengths"] == [400, 600] and config["seeds"] == [5, 2] and config["question_first"] is True
     assert config["filters"] == hashlib.sha256(filters_of(model).flat().tobytes()).hexdigest()
-    assert [(s["label"], s["window"], s["keep"]) for s in config["settings"]][1] == ("qfilters x4 window 9", 9, 3)
+    tuned = config["settings"][1]
+    assert (tuned["label"], tuned["window"], tuned["keep"]) == ("qfilters x4 window 9 keep 3", 9, 3)
 
     # other formats of what is in the log, which nothing is added to
     size = log.stat().st_size
@@ -243,7 +232,7 @@ def test_attention(model, text):
 
 def test_without_a_text(model, text, monkeypatch):
     monkeypatch.setattr(haystack, "default_paragraphs", lambda: haystack.paragraphs([text]))
-    r = edgekv("ppl", model, "--length", "60", "-t", "1", "--kv-evict", "none")
+    r = edgekv("eval", "ppl", model, "--length", "60", "-t", "1", "--kv-evict", "none")
     assert r.exit_code == 0 and "no -f, so the text is the docstrings" in r.stderr
     found = json.loads(out("niah", model, "-c", "300", "-n", "1", "--tasks", "key", "-t", "1", "--kv-evict", "none",
                            "-o", "json"))
@@ -257,8 +246,8 @@ def test_filters_made_from_the_same_text(model, text, tmp_path):
     for command in ("niah", "ppl"):
         length = ["-c", "300", "-n", "1", "--tasks", "key"] if command == "niah" else ["--length", "100"]
         args = ["-f", text, *length, "-t", "1", "--kv-evict", "qfilters", "--kv-budget", "40"]
-        assert f"calibrated on {text}" in edgekv(command, flattered, *args).stderr
-        assert "calibrated on" not in edgekv(command, model, *args).stderr
+        assert f"calibrated on {text}" in edgekv("eval", command, flattered, *args).stderr
+        assert "calibrated on" not in edgekv("eval", command, model, *args).stderr
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -277,7 +266,7 @@ def test_filters_made_from_the_same_text(model, text, tmp_path):
 def test_wrong_settings(model, monkeypatch, command, args, why):
     monkeypatch.setattr(Session, "__init__", lambda *_, **__: pytest.fail("the model is loaded"))
     monkeypatch.setattr(haystack, "default_paragraphs", lambda: pytest.fail("there is work already"))
-    fails(why, command, model, *(["-c", "900"] if command in ("niah", "ruler") else []), *args)
+    fails(why, "eval", command, model, *(["-c", "900"] if command in ("niah", "ruler") else []), *args)
 
 
 @pytest.mark.parametrize("args, why", [
@@ -302,7 +291,22 @@ def test_wrong_wishes(model, text, monkeypatch, args, why):
     monkeypatch.setattr(Session, "__init__", lambda *_, **__: pytest.fail("the model is loaded"))
     command, *args = args
     length = [] if command not in ("niah", "ruler") or "-c" in args else ["-c", "300"]
-    fails(why, command, model, "-f", text, *length, *args)
+    fails(why, "eval", command, model, "-f", text, *length, *args)
+
+
+@pytest.mark.parametrize("command", ["niah", "ruler", "attention"])
+@pytest.mark.parametrize("policy", ["streaming", "qfilters"])  # no filters are made first
+def test_documents_are_shorter_than_their_length(tmp_path, text, monkeypatch, command, policy):
+    """Fits the length that was asked for, and not the shortest document."""
+    model = write_tiny_model(tmp_path / "bare.gguf", n_ctx=1024)
+    monkeypatch.setattr(Session, "__init__", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("edgekv.calibrate.filters_for", lambda *_, **__: pytest.fail("filters are made"))
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[:400])
+    args, length = {"niah": (["-c", "800", "-n", "2"], 800), "ruler": (["-c", "800", "-n", "2", "--tasks", "vt"], 800),
+                    "attention": (["-f", short, "--steps", "16"], 1024 - 16)}[command]
+    fails(f"--keep 4 and --kv-window {length // 8 - 4} exceed --kv-budget", "eval", command, model, "-f", text, *args,
+          "--kv-evict", policy, "--kv-budget", "x8", "--kv-window", length // 8 - 4)
 
 
 @pytest.mark.parametrize("args, flag", [
@@ -313,13 +317,14 @@ def test_wrong_wishes(model, text, monkeypatch, args, why):
     (["attention", "--kv-select-heads", "all"], "--kv-select-heads"),
 ])
 def test_wrong_usage(model, args, flag):
-    fails(f"'{flag}'", args[0], model, *args[1:], status=2)
+    fails(f"'{flag}'", "eval", args[0], model, *args[1:], status=2)
 
 
 def test_plots_need_matplotlib(model, monkeypatch, tmp_path):
     monkeypatch.setattr("edgekv.extras.find_spec", lambda name: None)
     for command in ("niah", "ruler", "ppl", "kl"):
-        fails("--plot needs matplotlib; pip install 'edgekv[plot]'", command, model, "--plot", tmp_path / "a.png")
+        fails("--plot needs matplotlib; pip install 'edgekv[plot]'", "eval", command, model, "--plot",
+              tmp_path / "a.png")
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
@@ -364,8 +369,8 @@ def test_killed_and_started_again(model, text, tmp_path, monkeypatch, command, n
     assert went_on == result(out(*args)) and len(added) == n - 3 + n  # without a log, from the start
     assert log.read_text().startswith("\n".join(lines[:4])) and log.read_text().count("\n") == n + 1
 
-    fails("was begun with another settings", *args, "--log", log, "--keep", "2")
-    fails("was begun with another evaluation", "ppl", model, "-f", text, "--length", "100", "--log", log)
+    fails("was begun with other settings", "eval", *args, "--log", log, "--keep", "2")
+    fails("was begun with another evaluation", "eval", "ppl", model, "-f", text, "--length", "100", "--log", log)
 
 
 def test_ctrl_c(model, text, tmp_path, monkeypatch):
@@ -380,10 +385,10 @@ def test_ctrl_c(model, text, tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(Journal, "add", interrupted)
-        r = edgekv(*args)
+        r = edgekv("eval", *args)
         # behind an empty line: the terminal has shown ^C
         assert (r.exit_code, r.stdout, r.stderr) == (130, "", "\nedgekv: error: interrupted\n")
-        r = edgekv(*args, "--log", log)
+        r = edgekv("eval", *args, "--log", log)
         assert (r.exit_code, r.stdout) == (130, "") and r.stderr.split("\n") == [
             f"edgekv: {log} has what was found so far: run the same command again to go on", "",
             "edgekv: error: interrupted", ""]

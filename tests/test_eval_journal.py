@@ -207,9 +207,9 @@ def other(**changes):
 
 @pytest.mark.parametrize(("changes", "why"), [
     ({"kind": "ruler"}, "another evaluation (niah, now ruler)"),
-    ({"config__seeds": 4}, "another seeds (3, now 4)"),
+    ({"config__seeds": 4}, "begun with other seeds (3, now 4)"),
     ({"config__more": True}, "another more (nothing, now true)"),
-    ({"config": {"lengths": [1024]}}, "another seeds (3, now nothing)"),
+    ({"config": {"lengths": [1024]}}, "begun with other seeds (3, now nothing)"),
     ({"model__sha256": "cd" * 32}, "another model (abab"),
     ({"versions__edgekv": "0.2.0"}, "another edgekv (0.1.0, now 0.2.0)"),
     ({"versions__llama_cpp_python": "0.4"}, "another llama-cpp-python (0.3.36, now 0.4)"),

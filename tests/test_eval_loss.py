@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 
+import llama_cpp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from edgekv.eval.perplexity import Loss, Text
 from edgekv.eval.setting import Setting, plan
 from edgekv.filters import QFilters
 from edgekv.gguf_file import GGUF
-from edgekv.session import Session
+from edgekv.session import Session, Vocabulary
 from edgekv.settings import EvictionSettings, SelectionSettings
 from test_filters import random_filters
 from tinymodel import write_tiny_model
@@ -153,7 +154,7 @@ def test_curve(results):
 
 def test_selection_reads_pages_of_short_steps(model):
     quest = Setting(selection=SelectionSettings("quest", 32, 8, 0))
-    with pytest.raises(EdgekvError, match=r"^quest 32: -ub 9 reads the whole cache, .* -ub 8$"):
+    with pytest.raises(EdgekvError, match=r"^quest 32 page 8 dense 0: -ub 9 reads the whole cache, .* -ub 8$"):
         measure(model, [FULL, quest], n_ubatch=9)
     full, found = measure(model, [FULL, quest], texts=[text(0, 100)], length=100, n_ubatch=8)
     with bounded(model, n=8, selection=quest.selection) as session:
@@ -485,6 +486,21 @@ def test_texts_of_files(model, tmp_path):
         perplexity.windows(Letters(1), "abc", "a", length=1)
 
 
+def test_vocabulary_without_weights(model):
+    """What the file says, and what a model with weights does."""
+    gguf, text = GGUF(model), "Ein Satz, mit ä und 東."
+    with Vocabulary(model) as vocabulary, bounded(model) as session:
+        assert llama_cpp.llama_model_n_layer(vocabulary.model) == 0 < llama_cpp.llama_model_n_layer(session.model)
+        assert vocabulary.n_vocab == len(gguf.get("tokenizer.ggml.tokens")) == session.n_vocab
+        assert [i for i in range(vocabulary.n_vocab) if vocabulary.ends(i)] == [gguf.get("tokenizer.ggml.eos_token_id")]
+        tokens = vocabulary.tokenize(text)
+        assert tokens == session.tokenize(text) and tokens[0] == gguf.get("tokenizer.ggml.bos_token_id")
+        assert vocabulary.tokenize(text, special=False) == tokens[1:]
+        assert vocabulary.text(tokens) == session.text(tokens) == "▁" + text.replace(" ", "▁")
+    assert vocabulary.model is None
+    vocabulary.close()  # once more does no harm
+
+
 def test_texts_of_the_calibration():
     book = "Ein Text, den die Filter kennen: ä.\n"
     filters = QFilters([], [], text_sha256=["00" * 32, hashlib.sha256(book.encode()).hexdigest()])
@@ -526,7 +542,7 @@ def test_other_errors(model, tmp_path):
     with pytest.raises(EdgekvError, match="^0 settings at once"):
         diverge(model, [FULL], at_once=0)
     with pytest.raises(ValueError, match="same label"):
-        measure(model, [Setting("streaming", "64"), Setting("streaming", "64", keep=2)])
+        measure(model, [Setting("streaming", "64"), Setting("streaming", "64")])
     with pytest.raises(EdgekvError, match="^text 9, none: the text has a token that the model cannot give"):
         log_p = np.full((2, 3), -math.inf)
         perplexity.next_losses(log_p, np.array([0, 1, 2]), 0, "text 9, none")
@@ -540,7 +556,7 @@ def test_on_a_real_model(smollm2):
     from edgekv.calibrate import default_text
 
     n = 384
-    with perplexity.tokenizer(smollm2) as vocabulary:
+    with Vocabulary(smollm2) as vocabulary:
         texts = perplexity.windows(vocabulary, default_text()[100_000:], "the default text", length=n, n=1)
     settings = plan(policies=["none", "streaming"], budgets=["96"], types=["f16", "q8_0"])
     options = dict(length=n, n_ubatch=32, texts=texts)

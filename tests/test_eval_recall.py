@@ -297,7 +297,7 @@ def test_reports_of_several_texts(model):
 
     facts = json.loads(json.dumps(both.as_dict(), allow_nan=False))
     assert facts["texts"] == [{"text": "a", "n_prompt": 191}, {"text": "b", "n_prompt": 292}]
-    assert [s["setting"] for s in facts["settings"]] == ["knorm x4", "knorm x8", "quest 64"]
+    assert [s["setting"] for s in facts["settings"]] == ["knorm x4", "knorm x8", "quest 64 dense 0"]
     assert [s["kind"] for s in facts["settings"]] == ["eviction", "eviction", "selection"]
     first, held = facts["settings"][0], both.results[0].held
     assert first["mean"].keys() == set(recall.FIGURES) and first["mean"]["held"] == pytest.approx(held.mean())

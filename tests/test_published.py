@@ -4,23 +4,21 @@ import json
 import os
 import socket
 import struct
-import subprocess
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
 
-from edgekv import cli, hub, native, published
+from edgekv import hub, native, published
 from edgekv.convert import convert, save_filters
 from edgekv.errors import EdgekvError
 from edgekv.filters import QFilters, model_fingerprint, read
 from edgekv.gguf_file import GGUF
 from hub_server import Hub
-from process import EDGEKV
+from process import edgekv, edgekv_apart, fails
 from test_filters import REFERENCE, random_filters
 from tinymodel import write_tiny_model
 
@@ -359,23 +357,6 @@ def test_another_models_export_is_refused(model, tmp_path):
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
-def edgekv(*args, **environment):
-    """In a process of its own, where the log of llama.cpp would show."""
-    return subprocess.run([*EDGEKV, *map(str, args)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, **environment})
-
-
-def fails(why, *args, status=1, **environment):
-    if environment:
-        r = edgekv(*args, **environment)
-        found = r.returncode
-    else:
-        r = CliRunner().invoke(cli.main, [str(a) for a in args])
-        found = r.exit_code
-    assert found == status and r.stdout == "", r.stderr
-    assert r.stderr.startswith("edgekv: error: ") and r.stderr.count("\n") == 1 and why in r.stderr, r.stderr
-
-
 @pytest.fixture
 def with_filters(model, tmp_path):
     path = tmp_path / "a.gguf"
@@ -384,10 +365,10 @@ def with_filters(model, tmp_path):
 
 
 def test_export_and_convert(model, with_filters, tmp_path):
-    r = edgekv("filters", "export", with_filters, "-o", tmp_path / "f.safetensors")
+    r = edgekv_apart("filters", "export", with_filters, "-o", tmp_path / "f.safetensors")
     assert (r.returncode, r.stdout, r.stderr) == (0, f"{tmp_path / 'f.safetensors'}\n", "")
-    r = edgekv("convert", model.path, "--with-qfilters", "--qfilters", tmp_path / "f.safetensors", "-o",
-               tmp_path / "b.gguf")
+    r = edgekv_apart("convert", model.path, "--with-qfilters", "--qfilters", tmp_path / "f.safetensors", "-o",
+                     tmp_path / "b.gguf")
     assert r.returncode == 0, r.stderr
     assert (tmp_path / "b.gguf").read_bytes() == with_filters.read_bytes()
 
@@ -415,7 +396,7 @@ def test_convert_from_the_hub(model, tmp_path):
         there = dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="", NO_PROXY="127.0.0.1")
         fails("--qfilters org/none: no such model on the hub", *convert_to, "org/none", **there)
         assert not (tmp_path / "out.gguf").exists()
-        r = edgekv(*convert_to, "org/tiny_qfilt", **there)
+        r = edgekv_apart(*convert_to, "org/tiny_qfilt", **there)
         assert r.returncode == 0, r.stderr
         assert server.sent() == ["model.safetensors"]
     got = np.stack(read(GGUF(tmp_path / "out.gguf")).vectors)
@@ -444,7 +425,7 @@ def test_diff_is_numpys(model, with_filters, tmp_path):
     cosine = np.einsum("lhc,lhc->lh", u, v) / np.linalg.norm(u, axis=2) / np.linalg.norm(v, axis=2)
     ratio = np.linalg.norm(v, axis=2) / np.linalg.norm(u, axis=2)
     for other in ("b.gguf", "b.safetensors", "alone.gguf"):
-        r = edgekv("filters", "diff", with_filters, tmp_path / other, "-o", "json")
+        r = edgekv_apart("filters", "diff", with_filters, tmp_path / other, "-o", "json")
         assert (r.returncode, r.stderr) == (0, "")
         facts = json.loads(r.stdout)
         assert facts["a"] == str(with_filters) and facts["b"] == str(tmp_path / other) and not facts["identical"]
@@ -458,7 +439,7 @@ def test_diff_is_numpys(model, with_filters, tmp_path):
                                    [ratio.min(), np.median(ratio), ratio.max()], rtol=1e-12)
         assert facts["metadata"] == {"method": ["random", "otherwise"], "n_tokens": [12000, 7]}
 
-    text = edgekv("filters", "diff", with_filters, tmp_path / "b.safetensors").stdout.splitlines()
+    text = edgekv_apart("filters", "diff", with_filters, tmp_path / "b.safetensors").stdout.splitlines()
     assert text[3].split() == ["all", f"{cosine.min():.4f}", f"{np.median(cosine):.4f}", f"{np.median(ratio):.4f}"]
     assert {"method of A         random", "method of B         otherwise"} < set(text)
 
@@ -470,7 +451,7 @@ def test_diff_of_published_filters(model, with_filters, tmp_path):
     save_file({"q_filters": -theirs}, tmp_path / "h.safetensors")
 
     def facts(*args):
-        r = CliRunner().invoke(cli.main, ["filters", "diff", *map(str, args), "-o", "json"])
+        r = edgekv("filters", "diff", *args, "-o", "json")
         assert r.exit_code == 0, r.stderr
         return json.loads(r.stdout)
 

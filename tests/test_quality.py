@@ -20,9 +20,8 @@ from edgekv.filters import QFilters, model_fingerprint, read
 from edgekv.gguf_file import GGUF
 from edgekv.quality import FilterQuality
 from edgekv.session import Session
-from process import EDGEKV
+from process import EDGEKV, edgekv, fails
 from test_calibrate import forward
-from test_cli_errors import edgekv, fails
 from test_filters import random_filters
 from tinymodel import write_tiny_model
 

@@ -26,8 +26,7 @@ from edgekv.session import Session
 from edgekv.session_file import SavedSession
 from edgekv.settings import EvictionSettings, SelectionSettings, needs_filters
 from ggml import Graph
-from process import EDGEKV, python
-from test_cli_errors import edgekv, fails
+from process import EDGEKV, edgekv, fails, python
 from test_filters import random_filters
 from tinymodel import write_tiny_model
 

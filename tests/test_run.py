@@ -11,8 +11,7 @@ from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.memory import available_bytes
 from edgekv.settings import EvictionSettings, SelectionSettings, parse_budget
-from process import EDGEKV, python
-from test_cli_errors import edgekv, fails
+from process import EDGEKV, edgekv, fails, python
 from test_filters import random_filters
 from tinymodel import write_tiny_model
 

@@ -21,7 +21,7 @@ from edgekv.gguf_file import GGUF, part_path, split_name
 from edgekv.llama import window_layers
 from edgekv.session import Session
 from edgekv.settings import EvictionSettings
-from test_cli_errors import edgekv, fails
+from process import edgekv, fails
 from test_filters import random_filters
 from tinymodel import write_tiny_model
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 import sys
@@ -15,6 +13,7 @@ import click
 from edgekv.cli.common import Numbers, Words, format_bytes, model_option
 from edgekv.cli.options import look_at_servers, rpc_option
 from edgekv.settings import POLICIES
+from edgekv.table import markdown, to_csv, to_json
 
 
 class Switches(Words):
@@ -113,26 +112,8 @@ def _status(show: bool | None) -> Iterator[Callable[..., None]]:
             click.echo(erase, err=True, nl=False)
 
 
-def to_json(rows: list[dict[str, Any]]) -> str:
-    return json.dumps(rows, indent=2) + "\n"
-
-
 def to_jsonl(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def to_csv(rows: list[dict[str, Any]]) -> str:
-    """Empty fields for null, 1 and 0 for true and false, spaces between the numbers of a list."""
-    def field(value: Any) -> Any:
-        if isinstance(value, bool):
-            return int(value)
-        return " ".join(map(str, value)) if isinstance(value, list) else value
-
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: field(value) for name, value in row.items()} for row in rows)
-    return out.getvalue()
 
 
 # heading, row -> text, right-aligned, shown only if a row differs from this text
@@ -168,18 +149,10 @@ _COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str], bool, str | None]] = 
 
 def to_md(rows: list[dict[str, Any]]) -> str:
     """A table in llama-bench's form; ``cells`` is the mean number of cells in use."""
-    lines = [[] for _ in range(len(rows) + 2)]
-    for heading, text, right, usual in _COLUMNS:
-        cells = [text(row) for row in rows]
-        if usual is not None and all(cell == usual for cell in cells):
-            continue
-        width = max(map(len, [heading, *cells]))
-        rule = "-" * (width - 1) + ":" if right else "-" * width
-        for line, cell in zip(lines, [heading, rule, *cells]):
-            line.append(cell.rjust(width) if right else cell.ljust(width))
+    columns = [(heading, [text(row) for row in rows], right, usual) for heading, text, right, usual in _COLUMNS]
+    shown = [column for *column, usual in columns if usual is None or set(column[1]) != {usual}]
     r = rows[0]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return (f"{table}\n{r['model']}, {r['reps']} repetitions; edgekv {r['edgekv']}, llama-cpp-python "
+    return (f"{markdown(shown)}\n{r['model']}, {r['reps']} repetitions; edgekv {r['edgekv']}, llama-cpp-python "
             f"{r['llama_cpp_python']}, {r['cpu_variant']}; {r['machine']}\n")
 
 

@@ -227,16 +227,20 @@ def kl(model: str, at_once: int, **options: Any) -> None:
 def attention(model: str, files: tuple[str, ...], length: int | None, n_steps: int, values: bool, n_threads: int | None,
               output: str, **sweep: Any) -> None:
     """Measure how much of MODEL's attention a setting holds, against the best possible choice."""
+    from edgekv.attention import context_for, first_tokens
     from edgekv.eval import journal, recall
     from edgekv.eval.report import recall_report
+    from edgekv.session import Vocabulary
 
     gguf, settings = _prepared(model, None, **sweep)
     if len(settings) == 1:
         raise EdgekvError("--kv-evict none: holds all attention; add a policy, or --kv-select quest")
-    n_tokens = _checked_length(gguf, length)
-    if n_steps >= n_tokens:
-        raise EdgekvError(f"--steps {n_steps}: leaves nothing to read before them of {n_tokens} tokens")
+    n_ctx = context_for(gguf, length, n_steps, 1)
     named = _named_texts(files)
+    with Vocabulary(model) as vocabulary:
+        shortest = min(len(first_tokens(vocabulary, text, n_ctx, length, n_steps, 1, name)) for name, text in named)
+    for s in settings:
+        s.eviction(shortest - n_steps)  # says what is wrong with it
     filters = _filters(model, settings, n_threads, named)
     header = journal.header("attention", model, _config(settings, filters) | {
         "length": length, "steps": n_steps, "values": values,
@@ -254,8 +258,9 @@ def _ask(kind: str, model: str, make: Callable[..., list[Document]], config: dic
          files: tuple[str, ...], n_threads: int | None, log: str | None, output: str, against: str | None,
          plot: str | None, **sweep: Any) -> None:
     """Make documents, ask about them, print the table. ``config``: what else the documents depend on."""
-    from edgekv.eval import haystack, journal, needles, perplexity
+    from edgekv.eval import haystack, journal, needles
     from edgekv.eval.report import needle_report
+    from edgekv.session import Vocabulary
 
     gguf, settings = _prepared(model, plot, **sweep)
     for length in lengths:
@@ -271,9 +276,12 @@ def _ask(kind: str, model: str, make: Callable[..., list[Document]], config: dic
 
     named = _named_texts(files) if files else []
     hay = haystack.Haystack(haystack.paragraphs(files) if files else haystack.default_paragraphs())
-    with perplexity.tokenizer(model) as vocabulary:
+    with Vocabulary(model) as vocabulary:
         documents = make(hay, vocabulary.tokenize, tasks, lengths=lengths, seeds=range(seed, seed + n_documents),
                          question_first=question_first)
+        shortest = min(len(vocabulary.tokenize(document.text)) for document in documents)
+    for s in settings:
+        s.eviction(shortest)  # less than --lengths, of which the question is a part
     filters = _filters(model, settings, n_threads, named)
     header = journal.header(kind, model, _config(settings, filters) | {
         "lengths": lengths, "tasks": tasks, "seeds": [seed, n_documents], "question_first": question_first,
@@ -297,6 +305,7 @@ def _read(kind: str, model: str, measure: Callable[..., list[Any]], report: Call
           n_ubatch: int, n_threads: int | None, log: str | None, output: str, plot: str | None, **sweep: Any) -> None:
     """Read texts, print the table."""
     from edgekv.eval import journal, perplexity
+    from edgekv.session import Vocabulary
 
     gguf, settings = _prepared(model, plot, **sweep)
     if kind == "kl" and len(settings) == 1:
@@ -306,7 +315,7 @@ def _read(kind: str, model: str, measure: Callable[..., list[Any]], report: Call
     for s in settings:
         s.eviction(length)  # says what is wrong with it
     named = _named_texts(files)
-    with perplexity.tokenizer(model) as vocabulary:
+    with Vocabulary(model) as vocabulary:
         if not files:  # the default text is long
             named = [(name, text[: 32 * length * n_windows]) for name, text in named]
         texts = [window for name, text in named

@@ -169,7 +169,8 @@ class Journal:
             raise EdgekvError(f"{self.path}: is a log of another version of edgekv eval ({old['edgekv_eval']}, not "
                               f"{VERSION}); give another --log file or remove this one")
         for what, a, b in _differences(old, self.header):
-            raise EdgekvError(f"{self.path}: was begun with another {what} ({a}, now {b}); give another --log file or "
+            other = "other" if what.endswith("s") else "another"
+            raise EdgekvError(f"{self.path}: was begun with {other} {what} ({a}, now {b}); give another --log file or "
                               "remove this one")
 
         lines = (first + self._file.readall()).split(b"\n")  # the last one is not ended: empty, or cut off

@@ -144,6 +144,7 @@ class _Asker:
                       flash_attn=True, type_k=group.type_k, type_v=group.type_v)
         self.session = Session(path, n_seq_max=2 if self.shared else 1, settings=group.own,
                                filters=filters if self.bounded else None, tap_queries=group.tap, **common)
+        self.n_begin = len(self.session.tokenize(""))
         self.selecting: dict[SelectionSettings, Session] = {}
         try:
             for s in group.settings:
@@ -158,13 +159,14 @@ class _Asker:
         self.tokens = self.session.tokenize(document.text)
         self._read()
         self.state = self.session.save() if self.selecting else b""
+        questions = [(question, *self._tokens(question)) for question in document.questions]
 
         answers = {}
         for s in self.group.settings:
             self._fresh = False
             answers[s.label] = found = {}
-            for question in document.questions:
-                text = self._answer(s, question)
+            for question, asked, draft in questions:
+                text = self._answer(s, question, asked, draft)
                 found[question.task] = {"score": question.score(text), "text": text}
         return {"n_tokens": len(self.tokens), "answers": answers}
 
@@ -175,17 +177,19 @@ class _Asker:
             self.session.evict()  # to what the label says; on the way there are up to a ubatch more
         self._n_evictions = self.session.stats().n_evictions
 
-    def _answer(self, s: Setting, question: Question) -> str:
-        session, n = self.session, len(self.tokens)
-        begin = len(session.tokenize(""))
-        asked = session.tokenize(question.asked)[begin:]
-        draft: list[int] = []
-        if s.selection == NO_SELECTION and len(question.answers) == 1:
-            both = session.tokenize(f"{question.asked} {question.answers[0]}")[begin:]
-            if both[: len(asked)] == asked and len(both) <= session.n_batch:
-                draft = both[len(asked) :][: question.n_predict]
+    def _tokens(self, question: Question) -> tuple[list[int], list[int]]:
+        """What is asked, and a draft of the answer."""
+        asked = self.session.tokenize(question.asked)[self.n_begin :]
+        if not self.selecting and len(question.answers) == 1:
+            both = self.session.tokenize(f"{question.asked} {question.answers[0]}")[self.n_begin :]
+            if both[: len(asked)] == asked and len(both) <= self.session.n_batch:
+                return asked, both[len(asked) :][: question.n_predict]
+        return asked, []
+
+    def _answer(self, s: Setting, question: Question, asked: list[int], draft: list[int]) -> str:
+        n = len(self.tokens)
+        step = DECODE_TOKENS if self.selecting else self.session.n_batch
         here, seq_id = self._ready(s)
-        step = DECODE_TOKENS if s.selection != NO_SELECTION else session.n_batch
         text = answer(here, seq_id, n, asked, question, draft, step)
         if text is None:  # the cache cannot go back to where the draft was wrong: a hybrid's
             self._fresh = False
@@ -228,14 +232,14 @@ def answer(session: Session, seq_id: int, pos: int, asked: Sequence[int], questi
     """The greedy continuation behind ``asked``: the rest of the line, ``n_predict`` tokens at most, no further than
     where everything is found.
 
-    ``draft`` is read along with the question: where the model agrees, its tokens need no steps of their own. None if the
-    cache cannot be cut back to where it does not.
+    The question is read ``step`` tokens at a time. A ``draft`` is read along with it, all in one step: where the model
+    agrees, its tokens need no steps of their own. None if the cache cannot be cut back to where it does not.
     """
     tokens = [*asked, *draft]
     for i in range(0, len(tokens), step):
-        chunk = tokens[i : i + step]
-        logits = session.decode(chunk, pos + i, seq_id, logits="all" if draft else "last")
-    chosen = [int(t) for t in logits[-1 - len(draft):].argmax(axis=-1)]
+        last = i + step >= len(tokens)
+        logits = session.decode(tokens[i : i + step], pos + i, seq_id, logits=1 + len(draft) if last else "none")
+    chosen = [int(t) for t in logits.argmax(axis=-1)]
     agreed = 0
     while agreed < len(draft) and chosen[agreed] == draft[agreed]:
         agreed += 1

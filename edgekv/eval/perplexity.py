@@ -20,8 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgekv import calibrate, native
+from edgekv import calibrate
 from edgekv.attention import DECODE_TOKENS
 from edgekv.errors import EdgekvError
 from edgekv.eval.setting import Setting
@@ -37,10 +36,8 @@ from edgekv.eval.stats import Interval, Paired, mean_interval, paired
 from edgekv.filters import QFilters
 from edgekv.gguf_file import GGUF
 from edgekv.progress import bar
-from edgekv.session import CACHE_TYPES, Session
+from edgekv.session import CACHE_TYPES, Session, Vocabulary
 from edgekv.settings import needs_filters
-
-import llama_cpp
 
 BLOCK = 64  # tokens: losses that are near each other are not independent, so whole blocks are drawn
 N_RESAMPLES = 10_000
@@ -131,37 +128,14 @@ def behind(setting: Setting, length: int, n_ubatch: int) -> int | None:
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def tokenizer(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Something that tokenises as :meth:`Session.tokenize` does, without the model's weights. EdgekvError, naming the
-    file, if it cannot be loaded."""
-
-    class Vocabulary:
-        tokenize = Session.tokenize
-
-    GGUF(path)  # says what is wrong with a file that is none
-    native.silence()
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise EdgekvError(f"{path}: cannot be loaded: {native.log_error() or 'llama.cpp refused it'}")
-    try:
-        vocabulary = Vocabulary()
-        vocabulary.vocab = llama_cpp.llama_model_get_vocab(model)
-        yield vocabulary
-    finally:
-        llama_cpp.llama_model_free(model)
-
-
-def windows(session: Any, text: str, name: str, *, length: int, n: int | None = None) -> list[Text]:
+def windows(vocabulary: Vocabulary, text: str, name: str, *, length: int, n: int | None = None) -> list[Text]:
     """At most ``n`` windows of a text that do not overlap, evenly spread over it; all that fit by default.
 
-    Each has ``length`` tokens and begins as the model begins a text. ``session``: whatever tokenises as
-    :meth:`Session.tokenize` does. EdgekvError, naming ``name``, if the text is too short for one.
+    Each has ``length`` tokens and begins as the model begins a text. EdgekvError, naming ``name``, if the text is too
+    short for one.
     """
-    begin = session.tokenize("")
-    tokens = session.tokenize(text)[len(begin) :]
+    begin = vocabulary.tokenize("")
+    tokens = vocabulary.tokenize(text)[len(begin) :]
     size = length - len(begin)
     if size < 1:
         raise EdgekvError(f"{name}: windows of {length} tokens are too short, give a larger length")
@@ -179,7 +153,7 @@ def read_texts(path: str | os.PathLike[str], files: Iterable[str | os.PathLike[s
                n: int | None = None) -> list[Text]:
     """:func:`windows` of each file for the model ``path``. EdgekvError, naming the file that cannot be read or is too
     short."""
-    with tokenizer(path) as vocabulary:
+    with Vocabulary(path) as vocabulary:
         return [text for file in files
                 for text in windows(vocabulary, calibrate.read_text(Path(file)), str(file), length=length, n=n)]
 

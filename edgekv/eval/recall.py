@@ -49,8 +49,6 @@ N_STEPS = 64
 FIGURES = ("held", "best", "top", "random", "window")
 OF_SELECTION = ("held", "best", "window")
 
-# a context that evicts only when it is told to; each setting says how
-
 
 @dataclass(frozen=True)
 class Recall:
@@ -220,7 +218,7 @@ def measure(
     evictions, selections = _split(settings)
     filters = _filters(gguf, evictions, filters)
 
-    from edgekv.attention import Score, context_for, decode_steps, first_tokens
+    from edgekv.attention import Score, context_for, decode_steps, first_tokens, judged_layers
     from edgekv.session import Session
 
     score = Score.of(gguf)
@@ -234,7 +232,7 @@ def measure(
     with Session(path, **common) as session:
         tokens = first_tokens(session, text, n_ctx, length, n_steps, 1, source)
         n_prompt = len(tokens) - n_steps
-        _check_dense_layers(session, selections)
+        judged = [judged_layers(session, s.selection) for s in selections]
         budgets = [s.eviction(n_prompt) for s in evictions]
         with bar("reading", len(tokens), unit="tokens", show=progress) as advance:
             session.read(tokens[:n_prompt], each=advance)
@@ -250,10 +248,10 @@ def measure(
                 found[setting] = Recall(setting, layers, n_kept, n_kept / n_prompt, **dict(zip(FIGURES, parts)))
 
     with bar("selecting", n_steps * len(selections), unit="steps", show=progress and bool(selections)) as advance:
-        for setting in selections:
+        for i, setting in enumerate(selections):
             with Session(path, selection=setting.selection, **common) as session:
                 session.load(state, 0)
-                found[setting] = _selected(session, setting, tokens, n_prompt, score, values, advance)
+                found[setting] = _selected(session, setting, judged[i], tokens, n_prompt, score, values, advance)
 
     results = [found[s] for s in dict.fromkeys(settings) if s in found]
     return RecallReport(results, [source], [n_prompt], n_steps, values, prompt)
@@ -282,13 +280,6 @@ def _filters(gguf: GGUF, evictions: Sequence[Setting], filters: QFilters | None)
         raise EdgekvError(f"{gguf.path}: has no Q-Filters; edgekv convert {gguf.path} --with-qfilters adds them")
     filters.validate(gguf)
     return filters
-
-
-def _check_dense_layers(session: Session, selections: Sequence[Setting]) -> None:
-    last = max(layer.il for layer in session.layers())
-    for s in selections:
-        if s.selection.dense_layers > last:
-            raise EdgekvError(f"--kv-dense-layers {s.selection.dense_layers}: leaves no layer to judge")
 
 
 def _evicted(session: Session, settings: EvictionSettings, filters: QFilters | None) -> list[list[np.ndarray]]:
@@ -320,14 +311,13 @@ def _judge(session: Session, queries: list[np.ndarray], n_prompt: int, kept: lis
     return figures, prompt
 
 
-def _selected(session: Session, setting: Setting, tokens: list[int], n_prompt: int, score: Score, values: bool,
-              advance: Callable[[int], None]) -> Recall:
-    """Judge the steps of a context that selects and has the prompt in its cache."""
+def _selected(session: Session, setting: Setting, judged: list[int], tokens: list[int], n_prompt: int, score: Score,
+              values: bool, advance: Callable[[int], None]) -> Recall:
+    """Judge the steps of a context that selects and has the prompt in its cache, in the layers ``judged`` of the cache.
+    """
     from edgekv import attention
 
-    selection, size = setting.selection, setting.selection.page_size
-    layers = session.layers()
-    judged = [i for i, layer in enumerate(layers) if layer.il >= selection.dense_layers]
+    size, layers = setting.selection.page_size, session.layers()
     queries, chosen = attention.decode_steps(session, tokens[n_prompt:], n_prompt, advance)
     newest = np.arange(n_prompt, len(tokens)) // size
     starts = np.arange(0, len(tokens), size)

@@ -5,9 +5,6 @@ All figures are computed from a plain list of scores, so a table can be made aga
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -17,6 +14,7 @@ from typing import Any
 
 from edgekv.errors import EdgekvError
 from edgekv.eval.stats import Interval, Paired, balanced, mean_interval, paired
+from edgekv.table import markdown, plain, to_csv, to_json
 
 FORMATS = ("md", "json", "csv")
 
@@ -220,7 +218,7 @@ def needle_report(scores: Iterable[Score], fmt: str = "md", *, header: Mapping[s
     needles = Needles(scores, reference, floor)
     rows, methods = needles.rows(against), needles.method_rows(against)
     if fmt == "json":
-        return _json({"header": header, "reference": reference, "floor": floor, "settings": rows, "methods": methods})
+        return to_json({"header": header, "reference": reference, "floor": floor, "settings": rows, "methods": methods})
     if fmt == "csv":
         return to_csv(_long(rows))
     parts = [_settings_table(needles, rows, against)]
@@ -285,7 +283,7 @@ def divergence_report(rows: Sequence[Mapping[str, Any]], fmt: str = "md", *,
 def recall_report(report: Mapping[str, Any], fmt: str = "md", *, header: Mapping[str, Any] | None = None) -> str:
     """``RecallReport.as_dict()``. ``json``: the same with the header; ``csv``: a line per setting."""
     if fmt == "json":
-        return _json({"header": header, **report})
+        return to_json({"header": header, **report})
     rows = [{name: row[name] for name in ("setting", "kind", "tokens", "part")} | row["mean"]
             | {"least": row["least"]["held"], "least_layer": row["least_held_in"][0],
                "least_head": row["least_held_in"][1]} for row in report["settings"]]
@@ -319,32 +317,11 @@ def recall_report(report: Mapping[str, Any], fmt: str = "md", *, header: Mapping
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], fmt: str = "md") -> str:
     """Rows as a table. ``md`` shows the columns; ``json`` and ``csv`` have all that the rows hold, unformatted."""
     if fmt == "json":
-        return _json(list(rows))
+        return to_json(list(rows))
     if fmt == "csv":
         return to_csv(rows)
-    lines: list[list[str]] = [[] for _ in range(len(rows) + 2)]
-    for heading, key, text, right in columns:
-        cells = [_text(row.get(key), text) for row in rows]
-        width = max(map(len, [heading, *cells]), default=0)
-        rule = "-" * (width - 1) + ":" if right else "-" * width
-        for line, cell in zip(lines, [heading, rule, *cells]):
-            line.append(cell.rjust(width) if right else cell.ljust(width))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Empty fields for null, 1 and 0 for true and false, spaces between the numbers of a list."""
-    def field(value: Any) -> Any:
-        value = _plain(value)
-        if isinstance(value, bool):
-            return int(value)
-        return " ".join(map(str, value)) if isinstance(value, list) else value
-
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: field(value) for name, value in row.items()} for row in rows)
-    return out.getvalue()
+    return markdown((heading, [_text(row.get(key), text) for row in rows], right)
+                    for heading, key, text, right in columns)
 
 
 def footer(header: Mapping[str, Any]) -> str:
@@ -409,13 +386,13 @@ def _at(s: Score, number: int, same: bool) -> tuple:
 def _figures(interval: Interval | None) -> dict[str, Any]:
     if interval is None:
         return {"mean": None, "low": None, "high": None, "documents": 0}
-    return {"mean": interval.mean, "low": _plain(interval.low), "high": _plain(interval.high), "documents": interval.n}
+    return {"mean": interval.mean, "low": plain(interval.low), "high": plain(interval.high), "documents": interval.n}
 
 
 def _differences(test: Paired | None) -> dict[str, Any]:
     names = {"difference": "difference", "difference_low": "low", "difference_high": "high", "p": "p",
              "better": "better", "worse": "worse"}
-    return {name: None if test is None else _plain(getattr(test, field)) for name, field in names.items()}
+    return {name: None if test is None else plain(getattr(test, field)) for name, field in names.items()}
 
 
 def _long(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -501,7 +478,7 @@ def _losses(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], with_e
             notes: Sequence[str], fmt: str, header: Mapping[str, Any] | None, more: Mapping[str, Any]) -> str:
     """``with_ends``: values that have a lower and an upper end beside them. Columns without any value are not shown."""
     if fmt == "json":
-        return _json({"header": header, "settings": rows, **more})
+        return to_json({"header": header, "settings": rows, **more})
     if fmt == "csv":
         return to_csv(rows)
     shown = [row | {name: None if row[name] is None else
@@ -544,19 +521,4 @@ def _hundred(share: float) -> int:
 
 
 def _text(value: Any, text: Callable[[Any], str]) -> str:
-    return ("-" if _plain(value) is None else text(value)).replace("|", "\\|")
-
-
-def _plain(value: Any) -> Any:
-    """Without what JSON lacks: NumPy's types, and numbers that are not finite."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_plain(value), indent=2) + "\n"
+    return "-" if plain(value) is None else text(value)

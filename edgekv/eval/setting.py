@@ -51,15 +51,20 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """Unique among the settings of one evaluation: ``none``, ``qfilters x4``, ``q8_0``, ``quest 256``."""
+        """Unique among the settings of one evaluation, with what is not the default: ``none``, ``qfilters x4``,
+        ``streaming 512 window 64 keep 8``, ``q8_0``, ``quest 256 page 32``."""
         parts = [] if self.policy == "none" else [f"{self.policy} {self.budget}"]
-        if self.window is not None and parts:
-            parts[0] += f" window {self.window}"
+        for name, n in ("window", self.window), ("keep", self.keep):
+            if parts and n is not None:
+                parts[0] += f" {name} {n}"
         if self.cache != ("f16", "f16"):
             parts.append(self.cache_name)
         if self.selection.method != "none":
-            s = self.selection
-            parts.append(f"{s.method} {s.budget or 'auto'}" + (" per query head" if s.per_query_head else ""))
+            s, usual = self.selection, SelectionSettings()
+            parts.append(f"{s.method} {s.budget or 'auto'}"
+                         + (f" page {s.page_size}" if s.page_size != usual.page_size else "")
+                         + (f" dense {s.dense_layers}" if s.dense_layers != usual.dense_layers else "")
+                         + (" per query head" if s.per_query_head else ""))
         return ", ".join(parts) or "none"
 
     def eviction(self, n_tokens: int, mode: str = "prompt") -> EvictionSettings:
