@@ -1,24 +1,29 @@
 """Ideas for eviction policies, scored in NumPy and evicted by the shipped runtime: which are worth a file of their own?
 
     python benchmarks/policies.py MODEL [-c 1024] [-n 12] [-s 0] [--ideas "keydiff; vnorm"] [-o md]
+    python benchmarks/policies.py MODEL --loss TEXT [-c 4096] [--kv-budget 256,512] [--ideas ...] [-o md]
 
-A document as those of ``edgekv eval niah`` is read once; each idea scores its keys and values, the runtime evicts a copy
-by these scores (policy ``given``), and the copy is asked. What won is in ggml_ops/llama/policies/; what lost stays here.
+A document as those of ``edgekv eval niah`` is read once; each idea scores its keys and values, the runtime evicts a
+copy by these scores (policy ``given``), and the copy is asked. With ``--loss`` a text is read 32 tokens at a time and
+evicted to the budget after each, much as ``edgekv eval ppl`` does. What won is in ggml_ops/llama/policies/; what lost
+stays here.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
-from edgekv.calibrate import filters_for
+from edgekv.calibrate import filters_for, read_text
+from edgekv.eval import perplexity
 from edgekv.eval.haystack import Haystack, default_paragraphs
 from edgekv.eval.needles import N_UBATCH, answer
-from edgekv.eval.report import FORMATS, Score, needle_report
+from edgekv.eval.report import FORMATS, Score, needle_report, table
 from edgekv.eval.setting import ON_DEMAND
 from edgekv.eval.tasks import needle_documents
 from edgekv.progress import bar
@@ -52,14 +57,23 @@ def rank(scores: np.ndarray) -> np.ndarray:
 
 
 class Cache:
-    """What ideas may look at, each float32 ``[n_head_kv, n_tokens]`` of one layer, higher means: keep."""
+    """What ideas may look at, each float32 ``[n_head_kv, n_tokens]`` of one layer, higher means: keep; ``ages``: how
+    many budgets ago a token was read."""
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray, filters: np.ndarray):
+    def __init__(self, keys: np.ndarray, values: np.ndarray, filters: np.ndarray, ages: np.ndarray, budget: int):
         self.qfilters = z(np.einsum("htd,hd->ht", keys, filters))
         self.keydiff = z(unlike(keys))
         self.valuediff = z(unlike(values))
         self.vnorm = z(np.linalg.norm(values, axis=-1))
         self.knorm = z(-np.linalg.norm(keys, axis=-1))
+        self.kvdiff = self.keydiff + self.valuediff + self.vnorm
+        self.ages = ages
+        self.doublings = np.log2(ages * budget)
+
+
+def together(scores: np.ndarray) -> np.ndarray:
+    """All heads of a layer keep the same tokens."""
+    return z(np.broadcast_to(scores.mean(axis=0), scores.shape))
 
 
 IDEAS: dict[str, Callable[[Cache], np.ndarray]] = {
@@ -76,41 +90,49 @@ IDEAS: dict[str, Callable[[Cache], np.ndarray]] = {
     "keydiff + vnorm": lambda c: c.keydiff + c.vnorm,
     "keydiff + valuediff": lambda c: c.keydiff + c.valuediff,
     "keydiff + valuediff + qfilters": lambda c: c.keydiff + c.valuediff + c.qfilters,
-    "keydiff + valuediff + vnorm (kvdiff)": lambda c: c.keydiff + c.valuediff + c.vnorm,
-    "kvdiff, vnorm twice": lambda c: c.keydiff + c.valuediff + 2 * c.vnorm,
-    "kvdiff + qfilters": lambda c: c.keydiff + c.valuediff + c.vnorm + c.qfilters,
-    "kvdiff + knorm / 2": lambda c: c.keydiff + c.valuediff + c.vnorm + c.knorm / 2,
-    "kvdiff, mean of 3": lambda c: pooled(c.keydiff + c.valuediff + c.vnorm, 3, np.mean),
+    "kvdiff": lambda c: c.kvdiff,
+    "kvdiff, vnorm twice": lambda c: c.kvdiff + c.vnorm,
+    "kvdiff + qfilters": lambda c: c.kvdiff + c.qfilters,
+    "kvdiff + knorm / 2": lambda c: c.kvdiff + c.knorm / 2,
+    "kvdiff, mean of 3": lambda c: pooled(c.kvdiff, 3, np.mean),
+    "kvdiff, all heads of a layer together": lambda c: together(c.kvdiff),
+    "kvdiff - age / 2": lambda c: c.kvdiff - c.ages / 2,
+    "kvdiff - age": lambda c: c.kvdiff - c.ages,
+    "kvdiff - doublings of age": lambda c: c.kvdiff - c.doublings,
+    "kvdiff - 2 doublings of age": lambda c: c.kvdiff - 2 * c.doublings,
+    "kvdiff - 2 log2(1 + age)": lambda c: c.kvdiff - 2 * np.log2(1 + c.ages),
+    "kvdiff together - 2 log2(1 + age)": lambda c: together(c.kvdiff) - 2 * np.log2(1 + c.ages),
+    "qfilters + keydiff - 2 doublings of age": lambda c: c.qfilters + c.keydiff - 2 * c.doublings,
+    "kvdiff + qfilters / 2 - age": lambda c: c.kvdiff + c.qfilters / 2 - c.ages,
+    "kvdiff + qfilters - age": lambda c: c.kvdiff + c.qfilters - c.ages,
+    "kvdiff + qfilters / 2 - 1.5 age (the default)": lambda c: c.kvdiff + c.qfilters / 2 - 1.5 * c.ages,
+    "kvdiff + qfilters - 1.5 age": lambda c: c.kvdiff + c.qfilters - 1.5 * c.ages,
+    "kvdiff + qfilters - 2 doublings of age": lambda c: c.kvdiff + c.qfilters - 2 * c.doublings,
 }
 
 
-def rows(session: Session, i_layer: int, n_head_kv: int, values: bool) -> np.ndarray:
-    """float32 [n_head_kv, n_tokens, head_size]"""
-    heads = [session.rows(i_layer, h, values=values).view(np.float16) for h in range(n_head_kv)]
-    return np.stack(heads).astype(np.float32)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("-c", "--length", type=int, default=1024)
-    parser.add_argument("-n", "--documents", type=int, default=12)
-    parser.add_argument("-s", "--seed", type=int, default=0)
-    parser.add_argument("--kv-budget", default="x2,x4,x8")
-    parser.add_argument("--ideas", help="names with semicolons between them [default: all]")
-    parser.add_argument("-o", "--output", choices=FORMATS, default="md")
-    args = parser.parse_args()
-    path = resolve_model(args.model)
-    names = [name.strip() for name in args.ideas.split(";")] if args.ideas else list(IDEAS)
-    if unknown := [name for name in names if name not in IDEAS]:
-        parser.error(f"--ideas {unknown[0]}: there is none of that name")
-    ideas = {name: IDEAS[name] for name in names}
-    filters = filters_for(path)
-
+def evict(session: Session, idea: Callable[[Cache], np.ndarray], how: EvictionSettings, filters: Sequence[np.ndarray],
+          n_past: int, seq_id: int = 0) -> None:
+    """Score what a sequence holds, and let the runtime evict by that."""
     scores = []
-    with Session(path, n_ctx=args.length + 256, n_ubatch=N_UBATCH, n_seq_max=2, flash_attn=True, settings=ON_DEMAND) as s:
+    for i, layer in enumerate(session.layers()):
+        heads = range(layer.n_head_kv)
+        keys, values = (np.stack([session.rows(i, h, seq_id, values=v).view(np.float16) for h in heads])
+                        .astype(np.float32) for v in (False, True))
+        ages = (n_past - np.stack([session.positions(i, h, seq_id) for h in heads])) / how.budget
+        scores.append(idea(Cache(keys, values, filters[layer.il], ages, how.budget)))
+    session.evict_as(replace(how, policy="given"), seq_id=seq_id, scores=scores)
+
+
+def settings(budget: str, n_tokens: int) -> EvictionSettings:
+    return EvictionSettings.resolve("streaming", budget, mode="prompt", n_ctx=n_tokens)
+
+
+def needles(path, ideas: dict[str, Callable], args) -> str:
+    filters, scores = vectors(path), []
+    with Session(path, n_ctx=args.length + 256, n_ubatch=N_UBATCH, n_seq_max=2, flash_attn=True, settings=ON_DEMAND,
+                 n_threads=args.threads) as s:
         begin = len(s.tokenize(""))
-        vectors = dict(zip(filters.layers, filters.vectors))
 
         def tokenize(text: str) -> list[int]:
             return s.tokenize(text, special=False)
@@ -123,16 +145,13 @@ def main() -> None:
                 n = len(tokens)
                 s.clear()
                 s.read(tokens)
-                layers = s.layers()
-                cache = [Cache(*(rows(s, i, layer.n_head_kv, values) for values in (False, True)), vectors[layer.il])
-                         for i, layer in enumerate(layers)]
                 for name, budget in [("none", ""), *product(ideas, args.kv_budget.split(","))]:
                     s.remove(0, seq_id=1)
                     s.copy(0, 1)
                     ratio = 1.0
                     if budget:
-                        how = replace(EvictionSettings.resolve("streaming", budget, mode="prompt", n_ctx=n), policy="given")
-                        s.evict_as(how, seq_id=1, scores=[ideas[name](layer) for layer in cache])
+                        how = settings(budget, n)
+                        evict(s, ideas[name], how, filters, n, seq_id=1)
                         ratio = n / how.budget
                     for q in d.questions:
                         asked = s.tokenize(q.asked)[begin:]
@@ -140,9 +159,66 @@ def main() -> None:
                         scores.append(Score(d.key, d.length, q.task, None, f"{name} {budget}".strip(), name, ratio,
                                             right))
                         if not s.remove(n, seq_id=1):
-                            parser.error(f"{args.model}: its cache cannot be cut back behind a question")
+                            raise SystemExit(f"{path}: its cache cannot be cut back behind a question")
                 advance(1)
-    print(needle_report(scores, args.output))
+    return needle_report(scores, args.output)
+
+
+def losses(path, ideas: dict[str, Callable], args) -> str:
+    filters, rows = vectors(path), []
+    runs = [("none", ""), *product(["streaming", *ideas], args.kv_budget.split(","))]
+    with Session(path, n_ctx=args.length + 64, n_ubatch=32, flash_attn=True, settings=ON_DEMAND,
+                 n_threads=args.threads) as s:
+        text, = perplexity.windows(s, read_text(Path(args.loss)), args.loss, length=args.length, n=1)
+        tokens = np.array(text.tokens)
+        with bar("reading", len(runs) * len(tokens), unit="tokens") as advance:
+            for name, budget in runs:
+                s.clear()
+                found = []
+                how = settings(budget, len(tokens)) if budget else None
+                for start in range(0, len(tokens), 32):
+                    logits = s.decode(tokens[start : start + 32], start, logits="all")
+                    log_p = perplexity.log_softmax(logits, args.loss)
+                    found.append(perplexity.next_losses(log_p, tokens, start, args.loss))
+                    n = start + len(logits)
+                    if how and n > how.budget:
+                        if name == "streaming":
+                            s.evict_as(how)
+                        else:
+                            evict(s, ideas[name], how, filters, n)
+                    advance(len(logits))
+                loss = float(np.concatenate(found).mean())
+                rows.append({"setting": f"{name} {budget}".strip(), "loss": loss})
+    for row in rows:
+        row["added"] = row["loss"] - rows[0]["loss"]
+    return table(rows, [("setting", "setting", str, False), ("loss", "loss", "{:.4f}".format, True),
+                        ("added", "added", "{:+.4f}".format, True)], args.output)
+
+
+def vectors(path) -> dict[int, np.ndarray]:
+    filters = filters_for(path)
+    return dict(zip(filters.layers, filters.vectors))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--loss", metavar="TEXT", help="the loss along this text instead of needles")
+    parser.add_argument("-c", "--length", type=int, help="tokens [default: 1024; 4096 with --loss]")
+    parser.add_argument("-n", "--documents", type=int, default=12)
+    parser.add_argument("-s", "--seed", type=int, default=0)
+    parser.add_argument("--kv-budget", help="[default: x2,x4,x8; 256,512 with --loss]")
+    parser.add_argument("--ideas", help="names with semicolons between them [default: all]")
+    parser.add_argument("-t", "--threads", type=int)
+    parser.add_argument("-o", "--output", choices=FORMATS, default="md")
+    args = parser.parse_args()
+    args.length = args.length or (4096 if args.loss else 1024)
+    args.kv_budget = args.kv_budget or ("256,512" if args.loss else "x2,x4,x8")
+    path = resolve_model(args.model)
+    names = [name.strip() for name in args.ideas.split(";")] if args.ideas else list(IDEAS)
+    if unknown := [name for name in names if name not in IDEAS]:
+        parser.error(f"--ideas {unknown[0]}: there is none of that name")
+    print((losses if args.loss else needles)(path, {name: IDEAS[name] for name in names}, args))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from edgekv.errors import EdgekvError
 
-POLICIES = ("none", "kvdiff", "qfilters", "qfilters+keydiff", "keydiff", "knorm", "snapkv", "streaming", "random")
+POLICIES = ("none", "kvdiff+qfilters+recency", "kvdiff", "qfilters", "qfilters+keydiff", "keydiff", "knorm", "snapkv",
+            "streaming", "random")
 MODES = ("bounded", "prompt")
 SELECTIONS = ("none", "quest")
 PAGE_SIZES = (8, 16, 32, 64)
 
 # the default where something has to be evicted: see docs/quality.md
-DEFAULT_POLICY = "kvdiff"
+DEFAULT_POLICY = "kvdiff+qfilters+recency"
 
 
 def needs_filters(policy: str) -> bool:

@@ -103,8 +103,10 @@ def zscore(value: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return z, 2 * ((error + shift) / spread + np.abs(z) * ((error.max() + shift) / spread + (n + 4) * EPS))
 
 
-def policy_scores(policy: str, keys: np.ndarray, values: np.ndarray, vec: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of one head's tokens (higher stays) and their error bounds; ``vec`` is its filter."""
+def policy_scores(policy: str, keys: np.ndarray, values: np.ndarray, vec: np.ndarray | None,
+                  ages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of one head's tokens (higher stays) and their error bounds; ``vec`` is its filter, ``ages`` how many budgets
+    ago each was read."""
     if policy == "qfilters":
         return dot(keys, vec)
     if policy == "streaming":
@@ -114,10 +116,15 @@ def policy_scores(policy: str, keys: np.ndarray, values: np.ndarray, vec: np.nda
         return -value, error
     if policy == "keydiff":
         return unlike(keys)
-    parts = {"kvdiff": lambda: (unlike(keys), unlike(values), norm(values)),
-             "qfilters+keydiff": lambda: (dot(keys, vec), unlike(keys))}[policy]()
-    scores = [zscore(*part) for part in parts]
-    return sum(value for value, _ in scores), sum(error + EPS * np.abs(value) for value, error in scores)
+    kvdiff = [(1, unlike(keys)), (1, unlike(values)), (1, norm(values))]
+    parts = {"kvdiff": lambda: kvdiff, "kvdiff+qfilters+recency": lambda: [*kvdiff, (0.5, dot(keys, vec))],
+             "qfilters+keydiff": lambda: [(1, dot(keys, vec)), (1, unlike(keys))]}[policy]()
+    scores = [(weight, *zscore(*part)) for weight, part in parts]
+    total = sum(weight * value for weight, value, _ in scores)
+    error = sum(weight * (error + EPS * np.abs(value)) for weight, value, error in scores)
+    if "recency" in policy:
+        total, error = total - 1.5 * ages, error + 3 * EPS * (np.abs(total) + 1.5 * ages)
+    return total, error
 
 
 # --- choice and moves ------------------------------------------------------------------------------------------------
@@ -199,7 +206,8 @@ class Rule:
         kept = {}
         for (layer, h), head in self.heads.items():
             vec = self.filters[layer][h] if self.filters is not None else None
-            scores, error = policy_scores(self.policy, dequantise(self.type_k, head.k), dequantise(self.type_v, head.v), vec)
+            ages = (self.n_past - head.positions) / budget
+            scores, error = policy_scores(self.policy, dequantise(self.type_k, head.k), dequantise(self.type_v, head.v), vec, ages)
             ours = choose(scores, self.keep, self.window, budget)
             theirs = np.searchsorted(head.positions, observed(layer, h))
             assert np.array_equal(head.positions[np.minimum(theirs, self.used - 1)], observed(layer, h))

@@ -274,7 +274,7 @@ def test_wrong_settings(model, monkeypatch, command, args, why):
     (["niah", "-c", "2000"], "--lengths 2000: the model was trained on 1024"),
     (["niah", "-c", "100"], "--lengths 100: too short"),
     (["niah", "--against", "keydiff"],
-     "--against keydiff: is not measured here; choose one of none, kvdiff, streaming"),
+     "--against keydiff: is not measured here; choose one of none, kvdiff+qfilters+recency, streaming"),
     (["niah", "-c", "400", "--kv-window", "60", "--kv-budget", "x8"], "exceed --kv-budget 50"),
     (["ruler", "-c", "100", "--tasks", "fwe"], "--lengths 100: too short for fwe"),
     (["ppl", "--length", "2000"], "--length 2000: the model was trained on 1024"),

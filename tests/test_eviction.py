@@ -25,7 +25,7 @@ import llama_cpp  # last: edgekv says which library it loads
 # threads wait for each other by spinning: with models this small a busy machine would do nothing else
 Session = functools.partial(session_module.Session, n_threads=1)
 
-POLICIES = ("qfilters", "streaming", "knorm", "keydiff", "kvdiff", "qfilters+keydiff")
+POLICIES = ("qfilters", "streaming", "knorm", "keydiff", "kvdiff", "qfilters+keydiff", "kvdiff+qfilters+recency")
 # K, V, flash attention: V as rows and transposed, K as it is and rotated (quantised, head size 64)
 CACHES = [("f16", "f16", False), ("f16", "f16", True), ("f32", "bf16", False), ("q8_0", "f16", False),
           ("q8_0", "q8_0", True), ("q4_0", "q4_0", True)]

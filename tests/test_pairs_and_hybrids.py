@@ -14,7 +14,7 @@ from edgekv import native
 from edgekv import session as session_module
 from edgekv.errors import EdgekvError
 from edgekv.filters import QFilters
-from edgekv.settings import EvictionSettings
+from edgekv.settings import EvictionSettings, needs_filters
 from test_eviction import contents, decode_both, figures, tokens
 from tinymodel import write_tiny_model
 
@@ -48,7 +48,7 @@ def test_which_layers(models):
 
 
 @pytest.mark.parametrize("flash_attn", (False, True))
-@pytest.mark.parametrize("policy", ("qfilters", "streaming", "knorm", "keydiff", "kvdiff"))
+@pytest.mark.parametrize("policy", ("qfilters", "streaming", "knorm", "keydiff", "kvdiff", "kvdiff+qfilters+recency"))
 def test_the_rule(model, policy, flash_attn):
     """Two sequences, alone and in one batch, over many evictions and tails taken back."""
     rng = np.random.default_rng(3)
@@ -60,7 +60,7 @@ def test_the_rule(model, policy, flash_attn):
         filters = QFilters(list(vectors), FULL)
     with Session(model, settings=settings, filters=filters, flash_attn=flash_attn) as s:
         shapes = [(layer.n_head_kv, layer.k_row_bytes, layer.v_row_bytes) for layer in s.layers()]
-        rules = [oracle.Rule(policy, 40, 10, 4, 16, 1024, "f16", "f16", shapes, vectors if policy == "qfilters" else None)
+        rules = [oracle.Rule(policy, 40, 10, 4, 16, 1024, "f16", "f16", shapes, vectors if needs_filters(policy) else None)
                  for _ in range(2)]
 
         def follow(seq_id, n, due):

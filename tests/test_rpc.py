@@ -412,7 +412,7 @@ def equal(here, there):
     assert here["state"] == there["state"]
 
 
-POLICIES = ["none", "qfilters", "streaming", "knorm", "kvdiff", "qfilters+keydiff"]
+POLICIES = ["none", "qfilters", "streaming", "knorm", "kvdiff", "qfilters+keydiff", "kvdiff+qfilters+recency"]
 
 
 @pytest.mark.parametrize("mode", ["bounded", "prompt"])
@@ -529,7 +529,8 @@ def test_bench(model, servers):
 
 @pytest.mark.parametrize("policy", POLICIES[1:])
 def test_an_eviction_reads_once_per_device(policy, model, servers):
-    """One graph there and one read: the choices, four bytes per KV head and token that stays, and nothing else."""
+    """One graph there and one read: the choices, four bytes per KV head and token that stays, and nothing else. Ages go
+    there as well, four bytes per KV head and token."""
     n, budget = 300, 128
     settings = EvictionSettings(policy, budget, 16, 4, "prompt")
     filters = load_filters(GGUF(model)) if needs_filters(policy) else None
@@ -549,7 +550,8 @@ def test_an_eviction_reads_once_per_device(policy, model, servers):
                 if got["up"] or got["down"]:
                     assert got["get"] == 1 and got["compute"] == 1
                     here, rest = divmod(got["down"] - 8, N_HEAD_KV * budget * 4)
-                    assert here > 0 and rest == 0 and got["up"] < here * 8000  # the graph
+                    ages = 4 * N_HEAD_KV * n if "recency" in policy else 0
+                    assert here > 0 and rest == 0 and here * ages < got["up"] < here * (ages + 12000)  # the graph
                     layers += here
             assert layers == n_there
 

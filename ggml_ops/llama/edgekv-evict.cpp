@@ -327,7 +327,7 @@ bool llama_edgekv_evictor::run(uint32_t strm, llama_edgekv_scorer & scorer, shar
     const uint32_t budget = sh.budget;
 
     const llama_edgekv_scorer::stream about = {
-        strm, used, (uint32_t) (n_past(strm) - streams[strm].floor), cfg->tap.get(),
+        strm, used, (uint32_t) (n_past(strm) - streams[strm].floor), n_past(strm), budget, cfg->tap.get(),
         [&](size_t i_layer, uint32_t i_head, uint32_t cell) { return true_position(strm, i_layer, i_head, cell); }, given
     };
     if (!scorer.prepare(about)) {

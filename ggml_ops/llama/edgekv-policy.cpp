@@ -9,6 +9,7 @@ const llama_edgekv_policy * llama_edgekv_policy_find(const char * name) {
         &llama_edgekv_policy_knorm,
         &llama_edgekv_policy_keydiff,
         &llama_edgekv_policy_kvdiff,
+        &llama_edgekv_policy_kvdiff_qfilters_recency,
         &llama_edgekv_policy_qfilters_keydiff,
         &llama_edgekv_policy_snapkv,
         &llama_edgekv_policy_random,

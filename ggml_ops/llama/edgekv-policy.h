@@ -13,6 +13,8 @@ struct llama_edgekv_policy_input {
     ggml_tensor * values;  // [head_size_v, n_head_kv, n_used], V's own type; rows may be strided (a transposed V)
     ggml_tensor * filters; // [head_size, n_head_kv] F32, in the basis in which K is stored
 
+    ggml_tensor * ages;    // [n_used, n_head_kv] F32: how many tokens ago each was read, in units of the budget
+
     // the queries of the last tokens [head_size, n_queries, n_head] F32, in K's basis, and which keys each of them sees, as
     // a mask to add [n_used, n_queries] F32; kq_scale turns <query, key> into what the softmax gets
     ggml_tensor * queries;
@@ -27,6 +29,7 @@ struct llama_edgekv_policy {
         FILTERS = 1, // one vector per cache layer and KV head, taken from the model file
         QUERIES = 2,
         GIVEN   = 4, // scores come from the host
+        AGES    = 8,
     };
     uint32_t needs;
 
@@ -42,6 +45,7 @@ extern const llama_edgekv_policy llama_edgekv_policy_streaming;
 extern const llama_edgekv_policy llama_edgekv_policy_knorm;
 extern const llama_edgekv_policy llama_edgekv_policy_keydiff;
 extern const llama_edgekv_policy llama_edgekv_policy_kvdiff;
+extern const llama_edgekv_policy llama_edgekv_policy_kvdiff_qfilters_recency;
 extern const llama_edgekv_policy llama_edgekv_policy_qfilters_keydiff;
 extern const llama_edgekv_policy llama_edgekv_policy_snapkv;
 extern const llama_edgekv_policy llama_edgekv_policy_random;

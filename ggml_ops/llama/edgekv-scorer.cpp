@@ -39,9 +39,9 @@ llama_edgekv_scorer::llama_edgekv_scorer(const llama_kv_cache & kv, llama_edgekv
                         "edgekv_mask", no_alloc, "the mask of the eviction"));
             }
         }
-        if (needs(llama_edgekv_policy::GIVEN)) {
+        if (needs(llama_edgekv_policy::GIVEN | llama_edgekv_policy::AGES)) {
             given.push_back(llama_edgekv_beside(layer.k, GGML_TYPE_F32, { kv.get_size(), hparams.n_head_kv(layer.il), 1, 1 },
-                    format("edgekv_given_l%u", layer.il), no_alloc, "the scores of the eviction"));
+                    format("edgekv_given_l%u", layer.il), no_alloc, "the scores or ages of the eviction"));
         }
     }
 }
@@ -177,26 +177,40 @@ bool llama_edgekv_scorer::load_queries(const stream & st) {
     return true;
 }
 
-void llama_edgekv_scorer::load_given(const stream & st) {
-    std::vector<float> own;
-    const float * scores = st.given;
+void llama_edgekv_scorer::load(
+        const stream & st, const std::function<float(size_t i_layer, uint32_t i_head_kv, llama_pos pos)> & score) {
+    std::vector<float> rows;
 
     for (size_t i = 0; i < kv.layers.size(); ++i) {
         const uint32_t n_head = kv.hparams.n_head_kv(kv.layers[i].il);
 
-        if (cfg->policy->score) {
-            own.resize((size_t) n_head*st.n_used);
-            for (uint32_t h = 0; h < n_head; ++h) {
-                for (uint32_t c = 0; c < st.n_used; ++c) {
-                    own[(size_t) h*st.n_used + c] = cfg->policy->score((uint32_t) i, h, st.position(i, h, c));
-                }
+        rows.resize((size_t) n_head*st.n_used);
+        for (uint32_t h = 0; h < n_head; ++h) {
+            for (uint32_t c = 0; c < st.n_used; ++c) {
+                rows[(size_t) h*st.n_used + c] = score(i, h, st.position(i, h, c));
             }
-            ggml_backend_tensor_set(given[i].tensor, own.data(), 0, own.size()*sizeof(float));
-        } else {
-            ggml_backend_tensor_set(given[i].tensor, scores, 0, (size_t) n_head*st.n_used*sizeof(float));
-            scores += (size_t) n_head*st.n_used;
         }
+        ggml_backend_tensor_set(given[i].tensor, rows.data(), 0, rows.size()*sizeof(float));
     }
+}
+
+void llama_edgekv_scorer::load_given(const stream & st) {
+    if (cfg->policy->score) {
+        load(st, [&](size_t i, uint32_t h, llama_pos pos) { return cfg->policy->score((uint32_t) i, h, pos); });
+        return;
+    }
+    const float * scores = st.given;
+
+    for (size_t i = 0; i < kv.layers.size(); ++i) {
+        const size_t n = (size_t) kv.hparams.n_head_kv(kv.layers[i].il)*st.n_used;
+
+        ggml_backend_tensor_set(given[i].tensor, scores, 0, n*sizeof(float));
+        scores += n;
+    }
+}
+
+void llama_edgekv_scorer::load_ages(const stream & st) {
+    load(st, [&](size_t, uint32_t, llama_pos pos) { return (float) (st.n_past - pos)/(float) st.budget; });
 }
 
 bool llama_edgekv_scorer::prepare(const stream & st) {
@@ -205,6 +219,9 @@ bool llama_edgekv_scorer::prepare(const stream & st) {
     }
     if (needs(llama_edgekv_policy::GIVEN)) {
         load_given(st);
+    }
+    if (needs(llama_edgekv_policy::AGES)) {
+        load_ages(st);
     }
     return true;
 }
@@ -226,6 +243,9 @@ ggml_tensor * llama_edgekv_scorer::scores(ggml_context * ctx, size_t i_layer, gg
     in.values = values;
     if (!filters.empty()) {
         in.filters = filters[i_layer].tensor;
+    }
+    if (needs(llama_edgekv_policy::AGES)) {
+        in.ages = view(given[i_layer], n_used, given[i_layer].tensor->ne[1], 1);
     }
     if (!queries.empty()) {
         const ggml_tensor * q = queries[i_layer].tensor;

@@ -1,7 +1,7 @@
 #pragma once
 
-// A policy at work on one cache: what it wants to know besides keys and values (filters, the last queries, scores from the
-// host), in the memory of each layer's device.
+// A policy at work on one cache: what it wants to know besides keys and values (filters, the last queries, ages, scores
+// from the host), in the memory of each layer's device.
 
 #include "edgekv-compute.h"
 #include "edgekv-settings.h"
@@ -21,6 +21,9 @@ public:
         uint32_t strm;
         uint32_t n_used;
         uint32_t n_exact; // the last cells that hold the last tokens, the same in every head
+
+        llama_pos n_past; // the position that comes next
+        uint32_t  budget;
 
         const llama_edgekv_tap * tap; // the last queries, or NULL
 
@@ -45,6 +48,8 @@ private:
     void load_filters();
     bool load_queries(const stream & st);
     void load_given(const stream & st);
+    void load_ages(const stream & st);
+    void load(const stream & st, const std::function<float(size_t i_layer, uint32_t i_head_kv, llama_pos pos)> & score);
 
     const llama_kv_cache &          kv;
     const llama_edgekv_settings_ptr cfg;
@@ -52,7 +57,7 @@ private:
     // per cache layer, or empty
     std::vector<llama_edgekv_beside> filters;
     std::vector<llama_edgekv_beside> queries; // [head_size, n_queries, n_head]
-    std::vector<llama_edgekv_beside> given;   // [n_used, n_head_kv]
+    std::vector<llama_edgekv_beside> given;   // [n_used, n_head_kv]: scores, or ages
 
     std::vector<float> kq_scale; // per cache layer
     int64_t            n_queries;

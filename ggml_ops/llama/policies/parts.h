@@ -20,3 +20,16 @@ inline ggml_tensor * llama_edgekv_zscore(ggml_context * ctx, ggml_tensor * score
 inline ggml_tensor * llama_edgekv_value_rows(ggml_context * ctx, ggml_tensor * values) {
     return values->nb[0] == ggml_type_size(values->type) ? values : ggml_cont(ctx, values);
 }
+
+// The sum of three z-scores, per KV head: how unlike a key is to all others (KeyDiff's measure), how unlike its value is,
+// and how large the value is.
+inline ggml_tensor * llama_edgekv_kvdiff(ggml_context * ctx, const llama_edgekv_policy_input & in) {
+    ggml_tensor * rows = llama_edgekv_value_rows(ctx, in.values);
+
+    ggml_tensor * keys   = llama_edgekv_unlike(ctx, in.keys);
+    ggml_tensor * values = llama_edgekv_unlike(ctx, rows);
+    ggml_tensor * size   = ggml_edgekv_score(ctx, rows, nullptr, GGML_EDGEKV_SCORE_NORM, 1.0f);
+
+    ggml_tensor * sum = ggml_add(ctx, llama_edgekv_zscore(ctx, keys), llama_edgekv_zscore(ctx, values));
+    return ggml_add(ctx, sum, llama_edgekv_zscore(ctx, size));
+}
