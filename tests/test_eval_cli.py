@@ -105,8 +105,8 @@ def test_niah(model, text, tmp_path, knowing):
     assert rows["quest 64 page 8 dense 0"]["compression"] == pytest.approx(np.mean(n_tokens) / 64)
     assert rows["quest auto page 8 dense 0"]["compression"] == 1
 
-    config = found["header"]["config"]
-    assert config["lengths"] == [400, 600] and config["seeds"] == [5, 2] and config["question_first"] is True
+    config, cases = found["header"]["config"], found["header"]["cases"]
+    assert cases["lengths"] == [400, 600] and cases["seeds"] == [5, 2] and config["question_first"] is True
     assert config["filters"] == hashlib.sha256(filters_of(model).flat().tobytes()).hexdigest()
     tuned = config["settings"][1]
     assert (tuned["label"], tuned["window"], tuned["keep"]) == ("qfilters x4 window 9 keep 3", 9, 3)
@@ -120,6 +120,22 @@ def test_niah(model, text, tmp_path, knowing):
     assert {row["label"]: float(row["mean"]) for row in table if row["task"] == "pooled"} == {
         label: row["mean"] for label, row in rows.items()}
     assert log.stat().st_size == size
+
+
+def test_more_cases_go_on_where_fewer_ended(model, text, tmp_path, knowing):
+    """With the same log; and fewer of them are a part of it."""
+    log = tmp_path / "log"
+
+    def table(n, lengths="400", *more):
+        return json.loads(out("niah", model, "-f", text, "-c", lengths, "-n", n, "--tasks", "key", *SWEEP, "--kv-budget", "x4",
+                              "-o", "json", *more))["settings"]
+
+    first = table(1, "400", "--log", log)
+    begun = log.read_bytes()
+    more = table(3, "400,500", "--log", log)
+    assert log.read_bytes().startswith(begun) and more == table(3, "400,500") != first
+    size = log.stat().st_size
+    assert table(1, "400", "--log", log) == first and log.stat().st_size == size
 
 
 def test_niah_bounded_at_depths_and_separate(model, text, tmp_path, knowing):

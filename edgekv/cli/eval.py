@@ -284,8 +284,8 @@ def _ask(kind: str, model: str, make: Callable[..., list[Document]], config: dic
         s.eviction(shortest)  # less than --lengths, of which the question is a part
     filters = _filters(model, settings, n_threads, named)
     header = journal.header(kind, model, _config(settings, filters) | {
-        "lengths": lengths, "tasks": tasks, "seeds": [seed, n_documents], "question_first": question_first,
-        "mode": mode, "haystack": hay.sha256, **config}, n_threads)
+        "question_first": question_first, "mode": mode, "haystack": hay.sha256, **config}, n_threads,
+        {"lengths": lengths, "tasks": tasks, "seeds": [seed, n_documents]})
     with _journal(log, header) as found:
         scores = needles.run(model, documents, settings, found, filters=filters, mode=mode, n_threads=n_threads,
                              progress=True)

@@ -32,14 +32,14 @@ _MAX_LINE = 1 << 24  # bytes; a first line longer than that is not ours
 
 
 def header(kind: str, gguf_path: str | os.PathLike[str], config: Mapping[str, Any],
-           n_threads: int | None = None) -> dict[str, Any]:
+           n_threads: int | None = None, cases: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The first line of a journal.
 
     Args:
         kind: the evaluation, such as ``niah``.
         gguf_path: the model; of a split one the first part. All parts are hashed, one after the other.
         config: everything that results depend on. What may differ when the evaluation goes on does not belong here.
-        n_threads: for the record.
+        n_threads, cases: for the record. Which cases there are may change: their keys tell them apart.
 
     Raises:
         EdgekvError: the model cannot be read.
@@ -65,6 +65,7 @@ def header(kind: str, gguf_path: str | os.PathLike[str], config: Mapping[str, An
         "edgekv_eval": VERSION,
         "kind": kind,
         "config": dict(config),
+        "cases": dict(cases or {}),
         "model": {"file": gguf.path.name, "sha256": digest.hexdigest(), "size": gguf.size,
                   "architecture": gguf.architecture},
         "versions": {"edgekv": edgekv.__version__, "llama_cpp_python": _runtime.BINDINGS_VERSION,
