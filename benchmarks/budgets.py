@@ -47,7 +47,7 @@ from edgekv.pull import resolve_model
 from edgekv.rope_layout import pairs_to_halves, permuted
 from edgekv.session import Vocabulary
 from edgekv.settings import EvictionSettings
-from policies import TASKS, Cache, settings
+from policies import IDEAS, TASKS, Cache, settings
 
 ATTENTION = "edgekv_budgets"  # our name among transformers' attentions
 SAFEGUARD = 0.2
@@ -56,11 +56,11 @@ TOGETHER = 16  # settings that are asked at once
 LAST_QUERIES = 256  # the longest window
 
 POLICIES = {
-    "kvdiff": lambda c: c.kvdiff,
-    "keydiff": lambda c: c.keydiff,
-    "qfilters": lambda c: c.qfilters,
-    "qfilters+keydiff": lambda c: c.qfilters + c.keydiff,
-    "kvdiff+qfilters+recency": lambda c: c.kvdiff + c.qfilters / 2 - 1.5 * c.ages,
+    "kvdiff": IDEAS["kvdiff"],
+    "keydiff": IDEAS["keydiff"],
+    "qfilters": IDEAS["qfilters"],
+    "qfilters+keydiff": IDEAS["qfilters + keydiff"],
+    "kvdiff+qfilters+recency": IDEAS["kvdiff + qfilters / 2 - 1.5 age (the default)"],
     "snapkv": None,  # the only one that looks at queries
 }
 BY_ATTENTION = " by attention"
@@ -155,13 +155,15 @@ class Reader:
             layer.keys, layer.values = layer.keys[:, :, : self.n], layer.values[:, :, : self.n]
         return [text.strip() for text in said]
 
-    def scores(self, policy: str, filters: np.ndarray, how: EvictionSettings) -> Tensor:
+    def caches(self, filters: np.ndarray) -> list[Cache]:
+        distance = np.broadcast_to(self.n - np.arange(self.n), (self.n_head_kv, self.n))
+        return [Cache(k, v, f, distance) for k, v, f in zip(self.keys.numpy(), self.values.numpy(), filters)]
+
+    def scores(self, policy: str, held: Sequence[Cache], how: EvictionSettings) -> Tensor:
         """float32 ``[layers, KV heads, tokens]``, higher means: keep."""
         if policy == "snapkv":
             return self.attended(how.window)
-        ages = np.broadcast_to((self.n - np.arange(self.n)) / how.budget, (self.n_head_kv, self.n))
-        layers = zip(self.keys.numpy(), self.values.numpy(), filters)
-        return torch.tensor(np.stack([POLICIES[policy](Cache(k, v, f, ages, how.budget)) for k, v, f in layers]))
+        return torch.tensor(np.stack([POLICIES[policy](layer.within(how.budget)) for layer in held]))
 
     def attended(self, window: int) -> Tensor:
         """SnapKV's scores (arXiv 2404.14469): the attention of the last tokens, pooled over 5 neighbours, mean over the
@@ -231,10 +233,11 @@ def kept(scores: Tensor, counts: Tensor, how: EvictionSettings) -> Tensor:
 
 def plans(reader: Reader, filters: np.ndarray, args, schemes: Sequence[str], shares: dict) -> Iterator[tuple]:
     """Of the document at hand: (policy, budget, scheme, its settings, scores, the cells that each head gets)."""
+    held = reader.caches(filters)
     for policy, budget in product(args.policies, args.kv_budget):
         how = settings(budget, reader.n)
         middle = slice(how.keep, reader.n - how.window)
-        scores = reader.scores(policy, filters, how)
+        scores = reader.scores(policy, held, how)
         for scheme in schemes:
             compete = reader.attended(how.window) if scheme.endswith(BY_ATTENTION) else scores
             counts = give_out(scheme, how, compete[..., middle], shares.get((policy, budget, scheme)))

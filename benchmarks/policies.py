@@ -12,6 +12,7 @@ stays here.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -57,18 +58,24 @@ def rank(scores: np.ndarray) -> np.ndarray:
 
 
 class Cache:
-    """What ideas may look at, each float32 ``[n_head_kv, n_tokens]`` of one layer, higher means: keep; ``ages``: how
-    many budgets ago a token was read."""
+    """What ideas may look at, each float32 ``[n_head_kv, n_tokens]`` of one layer, higher means: keep; ``distance``:
+    how many tokens ago each was read, ``ages``: the same in budgets, see :meth:`within`."""
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray, filters: np.ndarray, ages: np.ndarray, budget: int):
+    def __init__(self, keys: np.ndarray, values: np.ndarray, filters: np.ndarray, distance: np.ndarray):
         self.qfilters = z(np.einsum("htd,hd->ht", keys, filters))
         self.keydiff = z(unlike(keys))
         self.valuediff = z(unlike(values))
         self.vnorm = z(np.linalg.norm(values, axis=-1))
         self.knorm = z(-np.linalg.norm(keys, axis=-1))
         self.kvdiff = self.keydiff + self.valuediff + self.vnorm
-        self.ages = ages
-        self.doublings = np.log2(ages * budget)
+        self.distance = distance
+        self.doublings = np.log2(distance)
+
+    def within(self, budget: int) -> Cache:
+        """The same for a budget; all that does not depend on it is shared."""
+        found = copy.copy(self)
+        found.ages = self.distance / budget
+        return found
 
 
 def together(scores: np.ndarray) -> np.ndarray:
@@ -111,16 +118,22 @@ IDEAS: dict[str, Callable[[Cache], np.ndarray]] = {
 }
 
 
-def evict(session: Session, idea: Callable[[Cache], np.ndarray], how: EvictionSettings, filters: Sequence[np.ndarray],
-          n_past: int, seq_id: int = 0) -> None:
-    """Score what a sequence holds, and let the runtime evict by that."""
-    scores = []
+def caches(session: Session, filters: dict[int, np.ndarray], n_past: int) -> list[Cache]:
+    """What sequence 0 holds, layer by layer."""
+    found = []
     for i, layer in enumerate(session.layers()):
         heads = range(layer.n_head_kv)
-        keys, values = (np.stack([session.rows(i, h, seq_id, values=v).view(np.float16) for h in heads])
-                        .astype(np.float32) for v in (False, True))
-        ages = (n_past - np.stack([session.positions(i, h, seq_id) for h in heads])) / how.budget
-        scores.append(idea(Cache(keys, values, filters[layer.il], ages, how.budget)))
+        keys, values = (np.stack([session.rows(i, h, values=v).view(np.float16) for h in heads]).astype(np.float32)
+                        for v in (False, True))
+        distance = n_past - np.stack([session.positions(i, h) for h in heads])
+        found.append(Cache(keys, values, filters[layer.il], distance))
+    return found
+
+
+def evict(session: Session, idea: Callable[[Cache], np.ndarray], held: Sequence[Cache], how: EvictionSettings,
+          seq_id: int = 0) -> None:
+    """Score what is held, and let the runtime evict a sequence that holds just that."""
+    scores = [idea(layer.within(how.budget)) for layer in held]
     session.evict_as(replace(how, policy="given"), seq_id=seq_id, scores=scores)
 
 
@@ -145,13 +158,14 @@ def needles(path, ideas: dict[str, Callable], args) -> str:
                 n = len(tokens)
                 s.clear()
                 s.read(tokens)
+                held = caches(s, filters, n)
                 for name, budget in [("none", ""), *product(ideas, args.kv_budget.split(","))]:
                     s.remove(0, seq_id=1)
                     s.copy(0, 1)
                     ratio = 1.0
                     if budget:
                         how = settings(budget, n)
-                        evict(s, ideas[name], how, filters, n, seq_id=1)
+                        evict(s, ideas[name], held, how, seq_id=1)
                         ratio = n / how.budget
                     for q in d.questions:
                         asked = s.tokenize(q.asked)[begin:]
@@ -185,7 +199,7 @@ def losses(path, ideas: dict[str, Callable], args) -> str:
                         if name == "streaming":
                             s.evict_as(how)
                         else:
-                            evict(s, ideas[name], how, filters, n)
+                            evict(s, ideas[name], caches(s, filters, n), how)
                     advance(len(logits))
                 loss = float(np.concatenate(found).mean())
                 rows.append({"setting": f"{name} {budget}".strip(), "loss": loss})

@@ -405,7 +405,7 @@ def test_a_terminal_session(llama, smollm2, tmp_path):
     text.write_text("The lighthouse of Sandhamn was painted green in 1921.\n\n" + document(llama, 3000))
     cache = tmp_path / "cache"  # its own filters, its own history
     env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "EDGEKV_CACHE": str(cache), "COLUMNS": "120"}
-    command = [*EDGEKV, "chat", str(smollm2), "--kv-evict", "qfilters", "--kv-budget", "512", "--temp", "0", "-n", "400"]
+    command = [*EDGEKV, "chat", str(smollm2), "--kv-budget", "512", "--temp", "0", "-n", "400"]
 
     screen = Screen(command, env)
     screen.wait("has no Q-Filters, calibrating them once")

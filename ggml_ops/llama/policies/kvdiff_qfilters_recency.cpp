@@ -1,5 +1,5 @@
 // kvdiff finds facts again, Q-Filters know what is looked at on average, and of all else the latest is needed most: a token
-// loses RECENCY standard deviations with every budget's worth of tokens that come after it. So where the budget holds half
+// loses RECENCY, in units of a z-score, with every budget's worth of tokens that come after it. So where the budget holds half
 // of the text age costs little, and where it holds a sixteenth the cache is mostly a window. Both numbers were tuned on
 // SmolLM2-135M, see docs/quality.md.
 
