@@ -52,6 +52,7 @@ class _Stats(ctypes.Structure):
         ("tokens_seen", ctypes.c_int64),
         ("floor", ctypes.c_int64),
         ("n_evictions", ctypes.c_uint64),
+        ("n_evictions_all", ctypes.c_uint64),
         ("evict_us", ctypes.c_uint64),
         ("k_bytes", ctypes.c_uint64),
         ("v_bytes", ctypes.c_uint64),
@@ -91,6 +92,7 @@ class CacheStats:
     tokens_seen: int
     floor: int
     n_evictions: int
+    n_evictions_all: int
     evict_us: int
     k_bytes: int
     v_bytes: int
@@ -140,9 +142,10 @@ _clear_error = _bind("llama_edgekv_clear_error", None)
 _evict = _bind("llama_edgekv_evict", _i64, _ctx_p, _i32, _u32)
 _evict_as = _bind("llama_edgekv_evict_as", _i64, _ctx_p, _i32, ctypes.POINTER(_Params), ctypes.POINTER(ctypes.c_float),
                   _u64)
-_set_keep = _bind("llama_edgekv_set_keep", ctypes.c_bool, _ctx_p, _u32)
+_set_keep = _bind("llama_edgekv_set_keep", ctypes.c_bool, _ctx_p, _i32, _u32)
 _get_stats = _bind("llama_edgekv_get_stats", ctypes.c_bool, _ctx_p, _i32, ctypes.POINTER(_Stats))
 _is_swa = _bind("llama_edgekv_is_swa", ctypes.c_bool, _ctx_p, _i32)
+_token_bytes = _bind("llama_edgekv_token_bytes", _u64, _ctx_p, ctypes.c_int, ctypes.c_int)
 _n_layers = _bind("llama_edgekv_n_layers", _i32, _ctx_p)
 _get_layer = _bind("llama_edgekv_get_layer", ctypes.c_bool, _ctx_p, _i32, ctypes.POINTER(_Layer))
 _positions = _bind("llama_edgekv_positions", _i64, _ctx_p, _i32, _i32, _i32, ctypes.POINTER(_i32), _i64)
@@ -269,10 +272,10 @@ def evict_as(
     return n
 
 
-def set_keep(ctx, n_keep: int) -> None:
-    """Keep the first ``n_keep`` tokens from the next eviction on."""
+def set_keep(ctx, n_keep: int, seq_id: int = -1) -> None:
+    """Keep the first ``n_keep`` tokens of a sequence (-1: of all) from the next eviction on; copies take it along."""
     clear_error()
-    if not _set_keep(ctx, n_keep):
+    if not _set_keep(ctx, seq_id, n_keep):
         raise _fail("keep was refused")
 
 
@@ -319,6 +322,17 @@ def swa_layers(path: str | os.PathLike[str]) -> list[int]:
     """
     with _hollow_model(path) as model:
         return [il for il in range(llama_cpp.llama_model_n_layer(model)) if _is_swa(model, il)]
+
+
+def token_bytes(path: str | os.PathLike[str], type_k: int, type_v: int) -> int:
+    """Bytes of K and V of one token in the layers of a model that are evicted from, in a cache of these ggml types; 0 if
+    a row does not divide into their blocks. Reads metadata, allocates nothing.
+
+    Raises:
+        EdgekvError: naming the file, if llama.cpp refuses it.
+    """
+    with _hollow_model(path) as model:
+        return _token_bytes(model, type_k, type_v)
 
 
 def cache_layers(path: str | os.PathLike[str]) -> list[CacheLayer]:

@@ -160,14 +160,14 @@ class Twins:
         if before > wanted:
             rule.evict(wanted, lambda layer, h: session.positions(layer, h, seq_id))
 
-    def set_keep(self, keep: int) -> None:
+    def set_keep(self, seq_id: int, keep: int) -> None:
         rule = self.rules[0]
         if keep + rule.window > rule.budget:
             with pytest.raises(EdgekvError, match="exceed the budget"):
-                native.set_keep(self.session.ctx, keep)
+                native.set_keep(self.session.ctx, keep, seq_id)
         else:
-            native.set_keep(self.session.ctx, keep)
-            for rule in self.rules:
+            native.set_keep(self.session.ctx, keep, seq_id)
+            for rule in self.rules if seq_id == -1 else [self.rules[seq_id]]:
                 rule.keep = keep
 
     def copy(self, src: int) -> None:
@@ -195,7 +195,7 @@ class Twins:
                 self.session.load(state)
             self.check()
             self.session.load(state, seq_id)
-            rules[source].keep = self.rules[0].keep  # is the context's
+            rules[source].keep = self.rules[seq_id].keep  # is not part of it
             self.rules[seq_id] = rules[source]
         event("loaded")
 
@@ -236,7 +236,7 @@ def cases(draw):
         st.tuples(st.just("both"), st.integers(1, n_ubatch // 2), st.integers(1, 4)),
         st.tuples(st.just("remove"), st.sampled_from([0, 0, 1, 1, -1]), place, end),
         st.tuples(st.just("evict"), seq_id, st.just(0) | st.integers(1, budget + n_ubatch)),
-        st.tuples(st.just("keep"), st.integers(0, budget)),
+        st.tuples(st.just("keep"), st.sampled_from([-1, 0, 1]), st.integers(0, budget)),
         st.tuples(st.just("copy"), seq_id),
         st.tuples(st.just("save"), st.sampled_from([0, 1, None])),
         st.tuples(st.just("load"), st.integers(0, 5), seq_id),

@@ -83,8 +83,9 @@ struct llama_edgekv_stats {
     int64_t  tokens_seen;     // highest true position + 1 (summed over the sequences for seq_id -1)
     int64_t  floor;           // a tail of the sequence can be removed iff it begins at or above this position: tokens
                               // before it were evicted, left the sliding window or are in a recurrent state
-    uint64_t n_evictions;     // of the sequence (of all for -1)
-    uint64_t evict_us;        // microseconds spent in the evictions of the whole context
+    uint64_t n_evictions;     // of the sequence (of all for -1); a state that is loaded brings its own
+    uint64_t n_evictions_all; // of the whole context since it was created
+    uint64_t evict_us;        // microseconds spent in them
     uint64_t k_bytes;         // allocated bytes of K in the cache that is evicted from, all sequences
     uint64_t v_bytes;         // allocated bytes of V there
     uint64_t kv_bytes;        // the memory module's buffers, all halves, as llama.cpp's own memory breakdown counts them
@@ -132,12 +133,30 @@ LLAMA_API int64_t llama_edgekv_evict(struct llama_context * ctx, llama_seq_id se
 LLAMA_API int64_t llama_edgekv_evict_as(struct llama_context * ctx, llama_seq_id seq_id, const struct llama_edgekv_params * how,
                                         const float * scores, uint64_t n_scores);
 
-// Keep the first n_keep tokens from the next eviction on: a system prompt's length is known only after the context
-// exists. False if n_keep + window exceed the budget, or without eviction.
-LLAMA_API bool llama_edgekv_set_keep(struct llama_context * ctx, uint32_t n_keep);
+// Keep the first n_keep tokens of a sequence (of all: seq_id -1) from the next eviction on: a system prompt's length is
+// known only after the context exists. Copies of the sequence take it along; the state of one sequence does not have it.
+// False if n_keep + window exceed the budget, or without eviction.
+LLAMA_API bool llama_edgekv_set_keep(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep);
 
 // Statistics of one sequence, or of all (seq_id -1). Works for contexts without settings too (floor and evictions 0).
 LLAMA_API bool llama_edgekv_get_stats(struct llama_context * ctx, llama_seq_id seq_id, struct llama_edgekv_stats * stats);
+
+// What of the statistics of one sequence is at hand without waiting for the device: an error for seq_id -1.
+struct llama_edgekv_sequence {
+    uint32_t struct_size;     // set by the caller
+    uint32_t cells_allocated;
+    uint32_t cells_used;
+    uint32_t n_keep;          // first tokens, always kept
+    uint32_t n_room;          // tokens that can be read before an eviction is due
+    int64_t  tokens_seen;
+    int64_t  floor;
+    uint64_t n_evictions;
+};
+LLAMA_API bool llama_edgekv_get_sequence(struct llama_context * ctx, llama_seq_id seq_id, struct llama_edgekv_sequence * sequence);
+
+// The settings that the context was made with, their filters left out; its strings live as long as the library. policy and
+// select are "none" where nothing is evicted or selected. False if the context has none.
+LLAMA_API bool llama_edgekv_get_settings(const struct llama_context * ctx, struct llama_edgekv_params * params);
 
 // The budget that grows with the context, in cells, for a step that could read n of them: 768 and a 32nd of them. A fixed
 // budget is Quest's known weakness: the share of the attention that it holds falls as the context grows.
@@ -145,6 +164,10 @@ LLAMA_API uint32_t llama_edgekv_auto_budget(uint32_t n);
 
 // Whether a layer of a model attends to a sliding window only, and so is not evicted from.
 LLAMA_API bool llama_edgekv_is_swa(const struct llama_model * model, int32_t il);
+
+// Bytes of K and V of one token, in all layers of a model that are evicted from, in a cache of these types: a budget in
+// bytes has to become tokens before there is a context. 0 if a row does not divide into the blocks of its type.
+LLAMA_API uint64_t llama_edgekv_token_bytes(const struct llama_model * model, enum ggml_type type_k, enum ggml_type type_v);
 
 // The layers of the cache that evictions work on, in its order.
 LLAMA_API int32_t llama_edgekv_n_layers(struct llama_context * ctx);

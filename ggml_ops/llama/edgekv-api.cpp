@@ -72,9 +72,13 @@ bool fits(uint32_t n_keep, uint32_t window, uint32_t budget) {
 
 } // namespace
 
-bool llama_edgekv_set_keep(llama_context * ctx, uint32_t n_keep) {
+bool llama_edgekv_set_keep(llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep) {
     auto * kv = find_cache(ctx);
     if (!kv) {
+        return false;
+    }
+    if (seq_id < -1 || seq_id >= (llama_seq_id) kv->get_n_seq_max()) {
+        llama_edgekv_set_error(format("there is no sequence %d", seq_id));
         return false;
     }
     auto * evict = kv->get_evict();
@@ -85,7 +89,11 @@ bool llama_edgekv_set_keep(llama_context * ctx, uint32_t n_keep) {
     if (!fits(n_keep, evict->settings().window, evict->settings().budget)) {
         return false;
     }
-    evict->set_keep(n_keep);
+    for (llama_seq_id s = 0; s < (llama_seq_id) kv->get_n_seq_max(); ++s) {
+        if (seq_id == -1 || s == seq_id) {
+            evict->set_keep(kv->get_stream(s), n_keep);
+        }
+    }
     return true;
 }
 
@@ -104,7 +112,7 @@ int64_t llama_edgekv_evict(llama_context * ctx, llama_seq_id seq_id, uint32_t bu
     if (budget == 0) {
         budget = cfg.budget;
     }
-    if (!fits(evict->n_keep(), cfg.window, budget)) {
+    if (!fits(evict->n_keep(v.strm), cfg.window, budget)) {
         return -1;
     }
     if (v.cells.size() <= budget) {
@@ -187,8 +195,9 @@ bool llama_edgekv_get_stats(llama_context * ctx, llama_seq_id seq_id, llama_edge
     }
 
     if (evict) {
-        stats->evict_us      = evict->evict_us();
-        stats->scratch_bytes = evict->scratch_bytes();
+        stats->n_evictions_all = evict->n_evictions_all();
+        stats->evict_us        = evict->evict_us();
+        stats->scratch_bytes   = evict->scratch_bytes();
     }
 
     if (const auto * select = kv->get_select()) {
@@ -209,10 +218,86 @@ bool llama_edgekv_get_stats(llama_context * ctx, llama_seq_id seq_id, llama_edge
     return true;
 }
 
+bool llama_edgekv_get_sequence(llama_context * ctx, llama_seq_id seq_id, llama_edgekv_sequence * sequence) {
+    if (sequence->struct_size != sizeof(llama_edgekv_sequence)) {
+        llama_edgekv_set_error("llama_edgekv_sequence has another size here: the caller and the library are of different versions");
+        return false;
+    }
+    auto * kv = find_cache(ctx);
+    if (!kv) {
+        return false;
+    }
+    if (seq_id < 0 || seq_id >= (llama_seq_id) kv->get_n_seq_max()) {
+        llama_edgekv_set_error(format("there is no sequence %d", seq_id));
+        return false;
+    }
+    const auto &   cells = kv->get_cells(seq_id);
+    const auto *   evict = kv->get_evict();
+    const uint32_t strm  = kv->get_stream(seq_id);
+
+    sequence->cells_allocated = kv->get_size();
+    sequence->cells_used      = cells.get_used();
+    sequence->n_keep          = evict ? evict->n_keep(strm) : 0;
+    sequence->n_room          = evict ? evict->n_room(strm) : kv->get_size() - cells.get_used();
+    sequence->tokens_seen     = cells.seq_pos_max(seq_id) + 1;
+    sequence->floor           = evict ? evict->floor(strm) : 0;
+    sequence->n_evictions     = evict ? evict->n_evictions(strm) : 0;
+
+    return true;
+}
+
+bool llama_edgekv_get_settings(const llama_context * ctx, llama_edgekv_params * params) {
+    if (params->struct_size != sizeof(llama_edgekv_params)) {
+        llama_edgekv_set_error("llama_edgekv_params has another size here: the caller and the library are of different versions");
+        return false;
+    }
+    const auto & cfg = ctx->get_cparams().edgekv;
+    if (!cfg) {
+        llama_edgekv_set_error("the context was created without settings");
+        return false;
+    }
+    *params = {};
+    params->struct_size = sizeof(llama_edgekv_params);
+
+    params->policy = cfg->policy ? cfg->policy->name : "none";
+    params->mode   = cfg->mode;
+    params->budget = cfg->budget;
+    params->window = cfg->window;
+    params->n_keep = cfg->n_keep;
+
+    params->select                = cfg->select ? "quest" : "none";
+    params->select_budget         = cfg->select_budget;
+    params->page_size             = cfg->page_size;
+    params->n_dense_layers        = cfg->n_dense_layers;
+    params->select_per_query_head = cfg->select_per_query_head;
+    params->grouped_attn          = cfg->grouped_attn;
+    params->tap_queries           = cfg->tap && cfg->tap->all;
+
+    return true;
+}
+
 bool llama_edgekv_is_swa(const llama_model * model, int32_t il) {
     const auto & hparams = model->hparams;
 
     return il >= 0 && il < (int32_t) hparams.n_layer_all && hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il);
+}
+
+uint64_t llama_edgekv_token_bytes(const llama_model * model, ggml_type type_k, ggml_type type_v) {
+    const auto & hparams = model->hparams;
+
+    uint64_t res = 0;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il) || hparams.is_recr(il) || llama_edgekv_is_swa(model, il)) {
+            continue;
+        }
+        const uint32_t n_k = hparams.n_embd_k_gqa(il);
+        const uint32_t n_v = hparams.n_embd_v_gqa(il);
+        if (n_k % ggml_blck_size(type_k) || n_v % ggml_blck_size(type_v)) {
+            return 0;
+        }
+        res += ggml_row_size(type_k, n_k) + ggml_row_size(type_v, n_v);
+    }
+    return res;
 }
 
 int32_t llama_edgekv_n_layers(llama_context * ctx) {

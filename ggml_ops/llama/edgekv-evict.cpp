@@ -29,7 +29,7 @@ llama_edgekv_evictor::llama_edgekv_evictor(
     model(model),
     cparams(cparams),
     cfg(cparams.edgekv),
-    keep(cfg->n_keep),
+    keeps(kv.n_stream, cfg->n_keep),
     n_ctx_seq(cparams.n_ctx_seq),
     n_ubatch(cparams.n_ubatch),
     n_threads(cparams.n_threads_batch),
@@ -66,6 +66,12 @@ void llama_edgekv_evictor::reserve_chosen(uint32_t budget) {
 
 uint32_t llama_edgekv_evictor::n_used(uint32_t strm) const {
     return kv.v_cells[strm].get_used();
+}
+
+uint32_t llama_edgekv_evictor::n_room(uint32_t strm) const {
+    const uint64_t most = cfg->mode == LLAMA_EDGEKV_MODE_BOUNDED ? (uint64_t) cfg->budget + n_ubatch : kv.get_size();
+
+    return n_used(strm) < most ? (uint32_t) (most - n_used(strm)) : 0;
 }
 
 llama_pos llama_edgekv_evictor::n_past(uint32_t strm) const {
@@ -189,7 +195,7 @@ llama_edgekv_plan llama_edgekv_evictor::plan(const llama_ubatch & ubatch) {
     for (uint32_t s = 0; s < ubatch.n_seqs_unq; ++s) {
         const uint32_t strm = kv.seq_to_stream[ubatch.seq_id_unq[s]];
 
-        if ((uint64_t) n_used(strm) + n_tokens <= (uint64_t) cfg->budget + n_ubatch) {
+        if (n_tokens <= n_room(strm)) {
             continue;
         }
         res.strm .push_back(strm);
@@ -296,7 +302,7 @@ bool llama_edgekv_evictor::run(const std::vector<uint32_t> & strms, const llama_
 }
 
 bool llama_edgekv_evictor::run(uint32_t strm, uint32_t budget) {
-    return run(strm, own, { budget, cfg->window, keep }, nullptr);
+    return run(strm, own, { budget, cfg->window, keeps[strm] }, nullptr);
 }
 
 bool llama_edgekv_evictor::run_as(uint32_t strm, const llama_edgekv_settings_ptr & how, const float * given) {
@@ -364,6 +370,7 @@ bool llama_edgekv_evictor::run(uint32_t strm, llama_edgekv_scorer & scorer, shar
     st.n_moved = budget;
     st.floor   = std::max<llama_pos>(st.floor, n_past(strm) - (llama_pos) sh.window);
     st.n_evictions++;
+    n_all++;
 
     move_cells(strm, budget);
 
@@ -455,6 +462,7 @@ bool llama_edgekv_evictor::can_copy(llama_seq_id src, llama_seq_id dst, llama_po
 
 void llama_edgekv_evictor::copied(uint32_t s_src, uint32_t s_dst) {
     streams[s_dst] = streams[s_src];
+    keeps[s_dst]   = keeps[s_src];
     if (cfg->tap) {
         cfg->tap->copied(s_src, s_dst);
     }

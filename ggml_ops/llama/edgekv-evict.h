@@ -74,8 +74,8 @@ public:
 
     void cleared();
 
-    uint32_t n_keep() const { return keep; }
-    void     set_keep(uint32_t n_keep) { keep = n_keep; }
+    uint32_t n_keep(uint32_t strm) const { return keeps[strm]; }
+    void     set_keep(uint32_t strm, uint32_t n_keep) { keeps[strm] = n_keep; }
 
     llama_pos true_position(uint32_t strm, size_t i_layer, uint32_t i_head, uint32_t cell) const;
 
@@ -84,6 +84,7 @@ public:
     // a tail can be removed iff it begins here or later; the other half has its say
     llama_pos floor(uint32_t strm) const;
     uint64_t  n_evictions(uint32_t strm) const { return streams[strm].n_evictions; }
+    uint64_t  n_evictions_all()          const { return n_all; }
     uint64_t  evict_us()                 const { return t_us; }
     size_t    scratch_bytes()            const;
 
@@ -107,6 +108,7 @@ public:
 
     uint32_t  n_streams()           const { return (uint32_t) streams.size(); }
     uint32_t  n_used(uint32_t strm) const;
+    uint32_t  n_room(uint32_t strm) const; // tokens that can be read before an eviction is due
     llama_pos n_past(uint32_t strm) const;
 
     // what contexts must have in common to read each other's states
@@ -149,7 +151,7 @@ private:
 
     const llama_edgekv_settings_ptr cfg;
 
-    uint32_t keep; // the settings' n_keep, until set_keep()
+    std::vector<uint32_t> keeps; // of each stream: the settings' n_keep, until set_keep()
 
     const uint32_t n_ctx_seq;
     const uint32_t n_ubatch;
@@ -165,5 +167,6 @@ private:
 
     std::vector<stream> streams;
 
-    uint64_t t_us = 0;
+    uint64_t n_all = 0; // evictions
+    uint64_t t_us  = 0; // spent in them
 };

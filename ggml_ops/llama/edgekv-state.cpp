@@ -36,7 +36,6 @@ struct state_head {
     uint32_t    mode   = 0;
     uint32_t    budget = 0;
     uint32_t    window = 0;
-    uint32_t    n_keep = 0;
 
     uint64_t n_payload = 0;
 
@@ -44,6 +43,7 @@ struct state_head {
 
     struct sequence {
         uint32_t  n_used = 0;
+        uint32_t  n_keep = 0;
         llama_pos n_past = 0;
         int64_t   head   = -1; // see swa_head()
 
@@ -109,14 +109,14 @@ struct reader {
 template <typename Walk, typename Head>
 void walk_fields(Walk & f, Head & h) {
     f(h.id.model); f(h.id.filters); f(h.id.layout); f(h.id.n_cells); f(h.id.n_cells_swa); f(h.id.n_ctx_seq);
-    f.text(h.policy); f(h.mode); f(h.budget); f(h.window); f(h.n_keep);
+    f.text(h.policy); f(h.mode); f(h.budget); f(h.window);
     f(h.n_payload); f(h.whole);
     f.resize(h.sequences);
 }
 
 template <typename Walk, typename Sequence>
 void walk_fields(Walk & f, Sequence & s, const llama_edgekv_evictor & evict) {
-    f(s.n_used); f(s.n_past); f(s.head); f(s.stream.floor); f(s.stream.n_evictions); f(s.stream.n_moved);
+    f(s.n_used); f(s.n_keep); f(s.n_past); f(s.head); f(s.stream.floor); f(s.stream.n_evictions); f(s.stream.n_moved);
     f.resize(s.stream.moved); // empty before the first eviction
     if (s.stream.moved.empty()) {
         return;
@@ -286,12 +286,11 @@ void llama_edgekv_state_write(llama_context & ctx, llama_io_write_i & io, llama_
     head.mode   = cfg.mode;
     head.budget = cfg.budget;
     head.window = cfg.window;
-    head.n_keep = evict->n_keep();
     head.whole  = whole;
 
     for (uint32_t s = whole ? 0 : seq_id; s < (whole ? evict->n_streams() : seq_id + 1); ++s) {
         // the state of one sequence lacks the cells that its window no longer reaches
-        head.sequences.push_back({ evict->n_used(s), evict->n_past(s), whole ? evict->swa_head(s) : -1, evict->get_stream(s) });
+        head.sequences.push_back({ evict->n_used(s), evict->n_keep(s), evict->n_past(s), whole ? evict->swa_head(s) : -1, evict->get_stream(s) });
     }
 
     io_count count;
@@ -416,9 +415,9 @@ void llama_edgekv_state_read(llama_context & ctx, llama_io_read_i & io, llama_se
 
         evict->set_stream(strm, std::move(head.sequences[i].stream));
         evict->set_swa_head(strm, head.sequences[i].head);
-    }
-    if (whole) { // it is the context's, not a sequence's
-        evict->set_keep(head.n_keep);
+        if (whole) { // who loads one sequence has said already what is to be kept of it
+            evict->set_keep(strm, head.sequences[i].n_keep);
+        }
     }
 }
 

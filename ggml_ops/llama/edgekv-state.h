@@ -21,7 +21,7 @@ class llama_io_write_i;
 class llama_io_read_i;
 
 constexpr uint32_t LLAMA_EDGEKV_STATE_MAGIC   = 0x764b6445; // "EdKv"
-constexpr uint32_t LLAMA_EDGEKV_STATE_VERSION = 1;
+constexpr uint32_t LLAMA_EDGEKV_STATE_VERSION = 2;
 
 // Stand in for llama_memory_i::state_write and state_read. Without eviction they call them. They throw
 // std::runtime_error with the text that llama_edgekv_last_error() has, too.

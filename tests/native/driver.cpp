@@ -195,7 +195,7 @@ void live(llama_context * ctx, llama_context * stock, const std::string & folder
             case 7: llama_memory_seq_rm(memory, s, pick(100), pick(2) ? -1 : 100 + pick(100)); break;
             case 8: llama_memory_seq_cp(memory, s, 1 - s, pick(3) ? -1 : 5, -1); break;
             case 9: llama_edgekv_evict(ctx, s, pick(2) ? 0 : 15 + pick(30)); break;
-            case 10: llama_edgekv_set_keep(ctx, pick(40)); break;
+            case 10: llama_edgekv_set_keep(ctx, pick(4) - 2, pick(40)); break;
             case 11: { const llama_seq_id which = pick(3) - 1; states.emplace_back(which, save(ctx, which)); } break;
             case 12:
                 if (!states.empty()) {
