@@ -63,7 +63,7 @@ def main() -> None:
     settings = {
         "full cache": {},
         **{policy: {"kv_evict": policy, "kv_budget": args.kv_budget}
-           for policy in ("kvdiff", "qfilters", "keydiff", "streaming")},
+           for policy in ("kvdiff+qfilters+recency", "kvdiff", "qfilters", "keydiff", "streaming")},
     }
     rows = {name: ask(args.model, text, args.ub, **s) for name, s in settings.items()}
 

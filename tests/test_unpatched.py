@@ -1,13 +1,8 @@
-"""The patched runtime against the unpatched pin, built with the flags of the CPU variant that the patched one picked.
+"""The patched runtime against the unpatched pin, which unpatched.py builds."""
 
-The unpatched library is built once into build/unpatched; EDGEKV_UNPATCHED_LIB names a folder with one that is ready.
-"""
-
-import importlib.util
 import json
 import os
 import re
-import shutil
 import socket
 import struct
 import subprocess
@@ -18,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekv import native
 from edgekv.calibrate import default_text
 from edgekv.convert import convert
 from edgekv.filters import QFilters
@@ -27,12 +21,12 @@ from edgekv.session import CACHE_TYPES, Session, default_threads
 from edgekv.settings import EvictionSettings
 from process import EDGEKV
 from test_filters import random_filters
+from unpatched import unpatched_library
 
 import llama_cpp
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 # K, V, flash attention (a quantised V needs it)
 CACHES = [("f16", "f16", False), ("f16", "f16", True), ("q8_0", "f16", False), ("q8_0", "q8_0", True)]
 N_UBATCH = 512
@@ -44,37 +38,7 @@ N_UBATCH = 512
 @pytest.fixture(scope="session")
 def unpatched() -> Path:
     """The folder of the unpatched libraries."""
-    ready = os.environ.get("EDGEKV_UNPATCHED_LIB")
-    if ready:
-        return Path(ready)
-    variant = native.cpu_variant()
-    if not re.fullmatch(r"ggml-cpu-\w+", variant):
-        pytest.fail(f"the patched runtime has no CPU variants ({variant}): build the unpatched pin with the same flags "
-                    "and name its libraries' folder in EDGEKV_UNPATCHED_LIB")
-
-    spec = importlib.util.spec_from_file_location("llama_source", ROOT / "tools" / "llama_source.py")
-    llama_source = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(llama_source)
-    pin = llama_source.read_pin()
-    folder = ROOT / "build" / "unpatched" / f"{pin['version']}-{variant}"
-    done = folder / "done"
-    if not done.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        llama_source.unpack_source(pin, folder)
-        # as in CMakeLists.txt; of the variants only the one target, so its flags are the same by construction
-        options = {"CMAKE_BUILD_TYPE": "Release", "BUILD_SHARED_LIBS": "ON", "GGML_NATIVE": "OFF",
-                   "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON", "GGML_RPC": "ON", "GGML_RPC_RDMA": "OFF",
-                   "LLAMA_OPENSSL": "OFF",
-                   **{f"LLAMA_BUILD_{part}": "OFF" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")}}
-        build = folder / "build"
-        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder)}
-        for command in (["cmake", "-G", "Ninja", "-S", str(folder / "llama.cpp"), "-B", str(build),
-                         *(f"-D{name}={value}" for name, value in options.items())],
-                        ["cmake", "--build", str(build), "--target", "llama", variant, "ggml-rpc"]):
-            run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            assert run.returncode == 0, run.stdout[-4000:]
-        done.touch()
-    return folder / "build" / "bin"
+    return unpatched_library()
 
 
 def run_unpatched(library: Path, folder: Path, model: Path, steps: list[dict], *, n_ctx: int, cache) -> tuple:

@@ -27,7 +27,7 @@ install_edgekv() {
     run "$root/tools/dev"
     if [ $# -gt 0 ]; then run_pip_requirements "$@"; fi
   else
-    if [ ! -d "$root/build" ]; then echo "the first build compiles llama.cpp: about 4 minutes on two cores"; fi
+    if [ ! -d "$root/build" ]; then echo "the first build compiles llama.cpp: about 10 minutes on two cores"; fi
     local extras
     extras=$(IFS=,; echo "$*")
     run "$venv/bin/python" -m pip install -q "$root${extras:+[$extras]}"

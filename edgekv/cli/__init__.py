@@ -25,6 +25,7 @@ COMMANDS = {
     "filters": "Export Q-Filters and compare them.",
     "chat": "Talk with a model about more than its KV cache holds.",
     "run": "Answer a prompt with a bounded KV cache.",
+    "serve": "Answer OpenAI's API for a model, with a bounded KV cache.",
     "inspect": "Show a model's Q-Filters and what its KV cache costs.",
     "bench": "Measure speed and memory across settings.",
     "eval": "Measure what compression costs: answers found, loss, divergence, attention held.",

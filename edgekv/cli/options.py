@@ -218,8 +218,8 @@ def open_llama(
             raise EdgekvError(f"{flag} needs flash attention: drop -fa off")
         flash_attn = "on"
     if kv_evict == "auto":
-        kv_evict, kv_budget = _auto(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch, selection,
-                                    _free_bytes(servers, n_gpu_layers, gguf))
+        kv_evict, kv_budget = auto_policy(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch, selection, servers,
+                                          n_gpu_layers)
 
     threads = n_threads or default_threads()
     llama = Llama(
@@ -248,33 +248,52 @@ def open_llama(
 
 
 def look_at_servers(servers: str | None, n_gpu_layers: int | None) -> list:
-    """The ``edgekv.rpc.Server`` of ``--rpc``, before anything is loaded. From here on this process ends with one line
-    if one of them dies. EdgekvError, naming the flag or the server, if one cannot be used."""
+    """As :func:`check_servers`, for a process that will use them itself: from here on it ends with one line if one of
+    them dies."""
+    found = check_servers(servers, n_gpu_layers)
+    if found:
+        from edgekv import rpc
+
+        rpc.exit_on_loss(servers)
+    return found
+
+
+def check_servers(servers: str | None, n_gpu_layers: int | None) -> list:
+    """The ``edgekv.rpc.Server`` of ``--rpc``, before anything is loaded. EdgekvError, naming the flag or the server, if
+    one cannot be used."""
     if not servers:
         return []
     if n_gpu_layers == 0:
         raise EdgekvError("--rpc: -ngl 0 leaves no layer for the servers; drop one of them")
     from edgekv import rpc
 
-    found = rpc.look(servers)
-    rpc.exit_on_loss(servers)
-    return found
+    return rpc.look(servers)
 
 
-def _free_bytes(servers: list, n_gpu_layers: int, gguf) -> int | None:
-    """The memory that model and cache may fill: that of servers and GPUs, and this machine's if layers stay here."""
+def _free_bytes(servers: list, n_gpu_layers: int, gguf, aside: int = 0) -> int | None:
+    """The memory that model and cache may fill: that of servers and GPUs, and this machine's, but for the bytes to set
+    ``aside``, if layers stay here."""
     from edgekv.memory import available_bytes, gpu_bytes
 
     there = sum(sum(server.free_bytes) for server in servers) + (gpu_bytes() if n_gpu_layers else 0)
     here = available_bytes()
     if there and not 0 <= n_gpu_layers < (gguf.get(f"{gguf.architecture}.block_count") or 0):
         return there
-    return None if here is None else here + there
+    return None if here is None else max(0, here - aside) + there
 
 
-def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int,
-          selection: SelectionSettings, free: int | None) -> tuple[str, str | None]:
-    """What ``--kv-evict auto`` means here: a budget asks for eviction, otherwise the free memory decides."""
+def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int,
+                selection: SelectionSettings, servers: list, n_gpu_layers: int, *, n_slots: int = 1, aside: int = 0,
+                tell: Callable[[str], None] = say) -> tuple[str, str | None]:
+    """What ``--kv-evict auto`` means here, as policy and budget: a budget asks for eviction, otherwise the free memory
+    decides.
+
+    Args:
+        n_ctx: tokens of context of each of ``n_slots`` sequences.
+        servers: what :func:`check_servers` found.
+        aside: bytes of this machine's free memory that are for something else.
+        tell: gets a line about what the free memory decided.
+    """
     from edgekv import native
     from edgekv.llama import window_layers
     from edgekv.session import CACHE_TYPES as GGML_TYPES
@@ -286,18 +305,23 @@ def _auto(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubat
         # a page's summary is as large as one token in f16
         summaries = 0 if selection.method == "none" else (gguf.kv_bytes_per_token((1, 2), (1, 2)) or 0) // selection.page_size
         per_token += summaries
-        full = ((gguf.kv_bytes_per_token(*blocks) or 0) + summaries) * n_ctx
+        full = ((gguf.kv_bytes_per_token(*blocks) or 0) + summaries) * n_ctx * n_slots
+        free = _free_bytes(servers, n_gpu_layers, gguf, aside)
         # the model's pages and the compute buffers want room too
         room = None if free is None else max(0, free - gguf.size) * 4 // 5
+        each = f" in each of {n_slots} slots" if n_slots > 1 else ""
         if room is None or full <= room:
-            say(f"the whole context of {n_ctx:,} tokens fits the free memory ({format_bytes(full)}): nothing is evicted")
+            tell(f"the whole context of {n_ctx:,} tokens{each} fits the free memory ({format_bytes(full)}): nothing is "
+                 "evicted")
             return "none", None
         # layers with sliding windows keep those, which are small beside the context
-        tokens = room // max(per_token, 1) - n_ubatch
+        tokens = room // n_slots // max(per_token, 1) - n_ubatch
         if tokens < 256:
-            raise EdgekvError(f"{gguf.path}: {format_bytes(free)} of free memory are not enough for a KV cache")
+            raise EdgekvError(f"{gguf.path}: {format_bytes(free)} of free memory are not enough for "
+                              + (f"{n_slots} KV caches: lower -np" if n_slots > 1 else "a KV cache"))
         budget = str(tokens)
-        say(f"the context of {n_ctx:,} tokens ({format_bytes(full)}) exceeds the free memory: {tokens:,} tokens are kept")
+        tell(f"the context of {n_ctx:,} tokens{each} ({format_bytes(full)}) exceeds the free memory: {tokens:,} tokens "
+             "are kept")
     elif parse_budget(budget, n_ctx=n_ctx, bytes_per_token=per_token) >= n_ctx:
         return "none", None
 
