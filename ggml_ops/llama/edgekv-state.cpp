@@ -271,6 +271,7 @@ void llama_edgekv_state_write(llama_context & ctx, llama_io_write_i & io, llama_
         return;
     }
     check_call(*evict, seq_id, flags);
+    flags |= LLAMA_EDGEKV_STATE_ALL_CELLS;
 
     const bool whole = seq_id < 0;
 
@@ -289,8 +290,7 @@ void llama_edgekv_state_write(llama_context & ctx, llama_io_write_i & io, llama_
     head.whole  = whole;
 
     for (uint32_t s = whole ? 0 : seq_id; s < (whole ? evict->n_streams() : seq_id + 1); ++s) {
-        // the state of one sequence lacks the cells that its window no longer reaches
-        head.sequences.push_back({ evict->n_used(s), evict->n_keep(s), evict->n_past(s), whole ? evict->swa_head(s) : -1, evict->get_stream(s) });
+        head.sequences.push_back({ evict->n_used(s), evict->n_keep(s), evict->n_past(s), evict->swa_head(s), evict->get_stream(s) });
     }
 
     io_count count;

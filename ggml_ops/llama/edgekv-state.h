@@ -23,6 +23,10 @@ class llama_io_read_i;
 constexpr uint32_t LLAMA_EDGEKV_STATE_MAGIC   = 0x764b6445; // "EdKv"
 constexpr uint32_t LLAMA_EDGEKV_STATE_VERSION = 2;
 
+// For the memory module: also the cells that the window of the last token no longer reaches, but that of a token before it
+// does. Without them a sequence could not be cut back where it could before.
+constexpr llama_state_seq_flags LLAMA_EDGEKV_STATE_ALL_CELLS = 1u << 31;
+
 // Stand in for llama_memory_i::state_write and state_read. Without eviction they call them. They throw
 // std::runtime_error with the text that llama_edgekv_last_error() has, too.
 void llama_edgekv_state_write(llama_context & ctx, llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);

@@ -74,8 +74,8 @@ struct state {
     int64_t t_snapshot = 0;
 
     std::ofstream trace;
-    std::map<const void *, int> saved; // names of checkpoints in the trace, by their bytes
-    int n_saved = 0;
+    std::map<const void *, int> saved; // names of prompts in the prompt cache, in the trace
+    int n_saved = 0;                   // states so far
 };
 
 state & self() {
@@ -142,8 +142,7 @@ bool restore(int id_slot, const common_prompt_checkpoint & c) {
         SRV_WRN("slot %d: a checkpoint could not be restored: %s\n", id_slot, llama_edgekv_last_error());
         return false;
     }
-    const auto it = s.saved.find(c.data_tgt.data());
-    trace({{"restore", it == s.saved.end() ? -1 : it->second}, {"slot", id_slot}});
+    trace({{"restore", c.id_task}, {"slot", id_slot}});
     return true;
 }
 
@@ -171,12 +170,9 @@ void save(int id_slot, server_prompt & prompt, const llama_edgekv_sequence & seq
         return;
     }
     c.update_pos(seq.tokens_seen, (llama_pos) seq.floor, (llama_pos) seq.tokens_seen);
+    c.id_task = s.n_saved; // stock's, who asks whether it was this task; ours have a name in the trace
+    trace({{"save", s.n_saved++}, {"slot", id_slot}});
     all.push_back(std::move(c));
-
-    if (s.trace.is_open()) {
-        s.saved[all.back().data_tgt.data()] = s.n_saved;
-        trace({{"save", s.n_saved++}, {"slot", id_slot}});
-    }
 }
 
 } // namespace
@@ -616,6 +612,14 @@ void edgekv_trace_decode(const common_batch & batch) {
 
 void edgekv_trace_cut(int id_slot, int n_tokens) {
     trace({{"cut", id_slot}, {"to", n_tokens}});
+}
+
+void edgekv_trace_state(int id_slot, const server_prompt_cache_state * where, bool saved) {
+    auto & s = self();
+    if (saved) {
+        s.saved[where] = s.n_saved++;
+    }
+    trace({{saved ? "save" : "restore", s.saved[where]}, {"slot", id_slot}});
 }
 
 void edgekv_trace_copy(int id_slot, int to) {

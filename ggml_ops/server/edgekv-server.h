@@ -19,6 +19,7 @@
 #include <string>
 
 struct server_prompt;
+struct server_prompt_cache_state;
 struct server_task;
 
 // before anything is decided by them: streams instead of a unified cache, one ubatch per decode, room for checkpoints
@@ -66,3 +67,4 @@ std::string edgekv_metrics();
 void edgekv_trace_decode(const common_batch & batch);
 void edgekv_trace_cut   (int id_slot, int n_tokens);
 void edgekv_trace_copy  (int id_slot, int to);
+void edgekv_trace_state (int id_slot, const server_prompt_cache_state * where, bool saved); // to the prompt cache, or from it
