@@ -18,7 +18,6 @@ half of the answers had their own: then the question whether they are mixed was 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import queue
 import re
@@ -90,6 +89,7 @@ class Load:
         self.server, self.answers, self.failures = server, [], []
         self.memory: list[tuple[float, int, float]] = []  # seconds, requests done, MiB
         self._secrets = {c.secret for c in work}
+        self._asked = sum(len(c.turns) for c in work)
         self._work: queue.SimpleQueue[tuple[int, Conversation]] = queue.SimpleQueue()
         for numbered in enumerate(work):
             self._work.put(numbered)
@@ -127,7 +127,7 @@ class Load:
                 messages.append({"role": "user", "content": said})
                 try:
                     record = self._ask(messages, n_tokens)
-                except (OSError, http.client.HTTPException, ValueError, KeyError, AssertionError) as error:
+                except Exception as error:  # a thread that ends would take the rest of its conversation along unseen
                     why = " ".join(str(error).split())[:200]
                     left = len(conversation.turns) - turn
                     self.failures += [f"conversation {number}, turn {turn}: {type(error).__name__}: {why}"] * left
@@ -170,8 +170,9 @@ class Load:
         read = sum(a.get("prompt_n", 0) for a in answers)
         slope = memory_slope(self.memory, len(answers) + len(self.failures))
         return {
-            "seconds": round(self.seconds, 2), "requests": len(answers) + len(self.failures),
-            "failures": sorted(self.failures), "mixed": [a for a in answers if a["others"]],
+            "seconds": round(self.seconds, 2), "asked": self._asked,
+            "requests": len(answers) + len(self.failures), "failures": sorted(self.failures),
+            "mixed": [a for a in answers if a["others"]],
             "own_share": share([a["own"] for a in answers]),
             "requests_per_min": 60 * len(answers) / self.seconds,
             "answer_tokens_per_s": sum(a["answer_tokens"] for a in answers) / self.seconds,
@@ -224,6 +225,8 @@ def wrong(run: dict) -> list[str]:
     """What a run must not have."""
     who = f"{run['server']}, round {run['round']}"
     lines = [f"{who}: {line}" for line in run["failures"]]
+    if run["requests"] != run["asked"]:
+        lines.append(f"{who}: {run['requests']} of {run['asked']} requests were accounted for")
     lines += [f"{who}: conversation {a['conversation']}, turn {a['turn']} has the secrets of others: {a['others']}"
               for a in run["mixed"]]
     if run["own_share"] < OWN_SHARE:
@@ -314,13 +317,15 @@ def run(args: argparse.Namespace) -> int:
                 with served(servers[name], model, *common, *shlex.split(flags.get(name, ""))) as server:
                     runs.append({"server": name, "round": i + 1, **Load(server, work, args.clients).figures()})
             except AssertionError as error:
+                if runs:
+                    print(report(runs), end="", flush=True)
                 raise EdgekvError(f"--server {name}: {' '.join(str(error).split())[-400:]}") from None
     result = {"model": Path(model).name, "machine": bench.machine(), "common_flags": list(map(str, common)),
               "flags": flags, "clients": args.clients, "seed": args.seed, "conversations": len(work), "turns": N_TURNS,
               "text_tokens": TEXT_TOKENS, "answer_tokens": ANSWER_TOKENS, "runs": runs}
+    print(report(runs), end="", flush=True)
     if args.o:
         atomic.write(args.o, [json.dumps(table.plain(result)).encode() + b"\n"])
-    print(report(runs), end="")
     problems = [line for run in runs for line in wrong(run)]
     for line in problems:
         print(f"error: {line}", file=sys.stderr)

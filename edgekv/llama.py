@@ -17,7 +17,7 @@ from edgekv import native, rpc
 from edgekv.checkpoints import Checkpoint, Checkpoints, common_prefix
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
-from edgekv.memory import available_bytes
+from edgekv.memory import default_cache_ram
 from edgekv.settings import EvictionSettings, SelectionSettings, needs_filters, needs_queries
 
 import llama_cpp
@@ -88,7 +88,7 @@ class Llama(llama_cpp.Llama):
             keep,
             kv_evict_mode,
             n_ctx=n_ctx or gguf.context_length,
-            bytes_per_token=_bytes_per_token(gguf, kv_budget, kwargs.get("type_k"), kwargs.get("type_v")),
+            bytes_per_token=bytes_per_token(gguf, kv_budget, kwargs.get("type_k"), kwargs.get("type_v")),
         )
         self.filters = load_filters(gguf, qfilters) if needs_filters(self.eviction.policy) else None
         if isinstance(selection, str):
@@ -107,7 +107,7 @@ class Llama(llama_cpp.Llama):
         if needs_queries(self.eviction.policy):
             cache_ram = 0  # a state does not have them
         if cache_ram is None:
-            cache_ram = min(8192, (available_bytes() or 0) // 4 // _MIB)
+            cache_ram = default_cache_ram()
         self.checkpoints = Checkpoints(cache_ram * _MIB)
         self.timings: dict[str, float] = {}
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
@@ -265,6 +265,8 @@ class Llama(llama_cpp.Llama):
         self._boundaries = {b for b in self._boundaries if b > self.n_tokens}
         if not reached or not self.checkpoints.limit:
             return
+        if llama_cpp.llama_state_get_size(self.ctx) > self.checkpoints.limit:
+            return  # before there is a second copy of the cache
         try:
             self.checkpoints.add(Checkpoint(self._input_ids.copy(), floor, reached, native.save_state(self.ctx)))
         except (EdgekvError, MemoryError) as error:  # going back will cost more, going on must not fail
@@ -468,7 +470,7 @@ def load_filters(gguf: GGUF, given: qfilters_module.QFilters | None = None) -> q
     return found
 
 
-def _bytes_per_token(gguf: GGUF, budget: int | str | None, type_k: int | None, type_v: int | None) -> int:
+def bytes_per_token(gguf: GGUF, budget: int | str | None, type_k: int | None, type_v: int | None) -> int:
     """What one token costs in the layers that are evicted from; 0 if the budget is not in bytes."""
     if not str(budget or "").strip().lower().endswith("b"):
         return 0

@@ -1,4 +1,4 @@
-"""How much memory is free, for ``--kv-evict auto``."""
+"""How much memory is free, for ``--kv-evict auto`` and ``--cache-ram``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def available_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def default_cache_ram() -> int:
+    """MiB for checkpoints where nobody says how much: a quarter of the free memory, at most 8192."""
+    return min(8192, (available_bytes() or 0) // 4 >> 20)
 
 
 def gpu_bytes() -> int:

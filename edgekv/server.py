@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import threading
@@ -65,28 +66,32 @@ class Address:
     @property
     def url(self) -> str:
         """What a client on this machine connects to."""
-        host = self.hosts[0]
+        host = self._host
         if host.endswith(".sock"):
             return f"unix://{host}"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http{'s' if self.tls else ''}://{f'[{host}]' if ':' in host else host}:{self.port}{self.prefix}"
+
+    @property
+    def _host(self) -> str:
+        """The first one, as a client on this machine names it."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.hosts[0], self.hosts[0])
 
     def answers(self) -> bool:
         """Whether ``/health`` says that the model is loaded."""
         connection = self._connection()
         try:
             connection.request("GET", f"{self.prefix}/health")
-            return connection.getresponse().status == 200
+            # behind a prefix it wants a key, after it has looked whether the model is loaded
+            return connection.getresponse().status in (200, 401)
         except (OSError, http.client.HTTPException):
             return False
         finally:
             connection.close()
 
     def _connection(self) -> http.client.HTTPConnection:
-        host = self.hosts[0]
+        host = self._host
         if host.endswith(".sock"):
             return _SocketConnection(host)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         if self.tls:  # its certificate is for those who come from elsewhere
             return http.client.HTTPSConnection(host, self.port, timeout=1, context=ssl._create_unverified_context())
         return http.client.HTTPConnection(host, self.port, timeout=1)
@@ -112,9 +117,11 @@ def _is_loopback(host: str) -> bool:
 
 
 def free_port(hosts: Sequence[str], port: int) -> int:
-    """The port to listen at; of 0, a free one. EdgekvError, naming the flag, if the server could not listen there."""
+    """The port to listen at; of 0, a free one where there is an address. EdgekvError, naming the flag, if the server could
+    not listen at all of them."""
     for host in hosts:
         if host.endswith(".sock"):
+            _remove_stale(host)
             continue
         try:
             family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -134,6 +141,27 @@ def free_port(hosts: Sequence[str], port: int) -> int:
                 raise EdgekvError(f"--host {host}: {why}; give an address of this machine") from None
             raise EdgekvError(f"--host {host} --port {port}: {why}; give another port, or 0 for a free one") from None
     return port
+
+
+def _remove_stale(path: str) -> None:
+    """Make way where the socket of a server lies that has gone: it leaves it behind. EdgekvError if one listens there."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise EdgekvError(f"--host {path}: is a file, and no socket; give another path")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1)
+            probe.connect(path)
+    except ConnectionRefusedError:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            raise EdgekvError(f"--host {path}: {(error.strerror or str(error)).lower()}; give another path") from None
+        return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise EdgekvError(f"--host {path}: {(error.strerror or str(error)).lower()}; give another path") from None
+    raise EdgekvError(f"--host {path}: a server listens there already; give another path")
 
 
 # --- its life --------------------------------------------------------------------------------------------------------
@@ -167,11 +195,6 @@ def run(argv: Sequence[str | os.PathLike[str]], address: Address, *, each: Calla
         each: gets every line of its log, from another thread.
         up: called once it answers.
     """
-    try:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   env=env, start_new_session=True, preexec_fn=_die_with_parent())
-    except OSError as error:
-        raise EdgekvError(f"{argv[0]}: cannot be started: {error.strerror or error}") from None
     lines: deque[str] = deque(maxlen=N_LINES)
 
     def pump() -> None:
@@ -181,9 +204,14 @@ def run(argv: Sequence[str | os.PathLike[str]], address: Address, *, each: Calla
             each(line)
 
     reader = threading.Thread(target=pump, daemon=True)
-    passed = _Signals(process)
-    try:
-        with passed:
+    with _Signals() as passed:  # before there is a process that a signal could leave behind
+        try:
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                       env=env, start_new_session=True, preexec_fn=_die_with_parent())
+        except OSError as error:
+            raise EdgekvError(f"{argv[0]}: cannot be started: {error.strerror or error}") from None
+        try:
+            passed.to(process)
             reader.start()
             was_up = False
             while process.poll() is None and not was_up:
@@ -192,10 +220,10 @@ def run(argv: Sequence[str | os.PathLike[str]], address: Address, *, each: Calla
                 else:
                     time.sleep(POLL_S)
             status = process.wait()
-    finally:
-        if process.returncode is None:
-            _kill_group(process)
-            process.wait()
+        finally:
+            if process.returncode is None:
+                _kill_group(process)
+                process.wait()
     reader.join(timeout=1)  # what it started may still hold the other end
     return End(128 - status if status < 0 else status, was_up, passed.first, list(lines))
 
@@ -203,27 +231,39 @@ def run(argv: Sequence[str | os.PathLike[str]], address: Address, *, each: Calla
 class _Signals:
     """Passes the first signal on to a process; a second one kills it."""
 
-    def __init__(self, process: subprocess.Popen):
+    def __init__(self):
         self.first = 0
-        self._process = process
+        self._process: subprocess.Popen | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Signals:
         # one that is ignored, as by nohup, stays so
         self._before = {number: signal.signal(number, self._pass_on)
                         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
                         if signal.getsignal(number) is not signal.SIG_IGN}
+        return self
 
     def __exit__(self, *_exc) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _pass_on(self, number: int, _frame) -> None:
+    def to(self, process: subprocess.Popen) -> None:
+        """From here on; one that came before is passed on now."""
+        self._process = process
         if self.first:
-            _kill_group(self._process)
+            self._send()
+
+    def _pass_on(self, number: int, _frame) -> None:
+        again, self.first = self.first, self.first or number
+        if self._process is None:
             return
-        self.first = number
+        if again:
+            _kill_group(self._process)
+        else:
+            self._send()
+
+    def _send(self) -> None:
         # SIGHUP would end it on the spot, it handles the other two
-        self._process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        self._process.send_signal(signal.SIGTERM if self.first == signal.SIGHUP else self.first)
 
 
 def _kill_group(process: subprocess.Popen) -> None:

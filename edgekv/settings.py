@@ -83,7 +83,7 @@ class EvictionSettings:
         tokens = parse_budget(budget, n_ctx=n_ctx, bytes_per_token=bytes_per_token)
         # a default gives way to a small budget, a wish is an error below
         keep_tokens = min(4, tokens) if keep is None else keep
-        window_tokens = min(256, tokens // 4, tokens - keep_tokens) if window is None else window
+        window_tokens = max(0, min(256, tokens // 4, tokens - keep_tokens)) if window is None else window
 
         for flag, value in (("--kv-window", window_tokens), ("--keep", keep_tokens)):
             if value < 0:

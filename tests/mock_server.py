@@ -221,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
             n += 1
             state.hold(1)
             state.words = prompt + "".join(state.answer[:n]).split()
-            timings |= {"predicted_n": n, "predicted_ms": 1000 * state.gap * n, "predicted_per_second": 1 / state.gap}
+            timings |= {"predicted_n": n, "predicted_ms": 1000 * state.gap * n, "predicted_per_second": 1 / state.gap if state.gap else 0}
             delta(piece, **({"timings": timings} if body.get("timings_per_token") else {}))
             if state.waits and n == state.waits[1]:
                 state.go.acquire(timeout=60)

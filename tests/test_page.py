@@ -461,11 +461,10 @@ def test_progress(visit, mock, document):
 
 def test_picture_is_to_scale(visit, mock):
     mock.seen, mock.used, mock.floor, mock.evictions = 2619, 571, 2432, 16
-    page = visit(mock.url)
+    page = visit(mock.url, reduced_motion="reduce")
     slot = page.locator("[data-slot='0']")
     expect(slot).to_contain_text("354 of 2,402 kept, 15 %")  # 571 - 30 - (2619 - 2432) of 2432 - 30
     expect(slot).to_contain_text("the window of 128 is underlined")
-    page.wait_for_timeout(400)  # widths move to where they belong
 
     def width(selector):
         return slot.locator(selector).bounding_box()["width"]

@@ -22,6 +22,7 @@ from edgekv.settings import EvictionSettings, SelectionSettings
 from served import Served, llama_server, served  # noqa: F401  the fixture
 from tinymodel import write_tiny_model
 from traced import Replay
+from unpatched import unpatched_server
 
 N_CTX = 1024  # per slot
 BUDGET, WINDOW, N_UBATCH = 64, 16, 32
@@ -221,6 +222,8 @@ def test_several_answers_to_one_prompt(llama_server, model, n):
             assert len(answers) == 3 and len({a["id_slot"] for a in answers}) == 3
             for answer in answers:
                 w.heard(text(n, seed), answer)
+            # of the request, also in the slots that got the sequence of the first one
+            assert all(0 <= a["timings"]["kv_evictions"] <= (n + 120) // N_UBATCH for a in answers)
         for slot in range(3):
             w.ask(text(n, 2) + text(7), 5, id_slot=slot)
         w.check()
@@ -337,10 +340,12 @@ def test_keep_is_each_slots_own(llama_server, plain):
         assert [s["keep"] for s in server.cache()["slots"]] == [21, 10]
         w.ask(text(300, 0) + text(5), 30, id_slot=0)
         assert [s["keep"] for s in server.cache()["slots"]] == [4, 10]
-        for n_keep in (-1, BUDGET, 10**6):
+        for n_keep in (-1, BUDGET - WINDOW + 1, BUDGET, 10**6, 2**31 - 1):
             reply = server.post("/completion", {"prompt": text(100), "n_keep": n_keep, "n_predict": 3})
             assert reply.status == 400 and "n_keep" in reply.error
         w.ask(text(100), 200)
+        w.ask(text(300, 2), 30, id_slot=0, n_keep=BUDGET - WINDOW)  # and no room for BOS
+        assert server.cache()["slots"][0]["keep"] == BUDGET - WINDOW
         w.check()
 
 
@@ -373,15 +378,47 @@ def test_figures(llama_server, plain):
         assert last["timings"]["kv_tokens_seen"] == 304 and last["timings"]["kv_checkpoint_used"] in (0, 1)
 
 
-def test_checkpoints_have_a_limit(llama_server, plain):
-    """--cache-ram bounds what all slots keep."""
-    with served(llama_server, plain, *flags(2), "--cache-ram", 1, *EVICT) as server:
-        for seed in range(12):
-            server.complete(text(200 + seed, seed), 100)
-            for again in (7, 8):
-                server.complete(text(200 + seed, seed)[: 20 * again] + text(9, again), 100)
-            assert 0 <= server.cache()["totals"]["checkpoint_bytes"] <= 1 << 20
-        assert server.cache()["totals"]["checkpoints"] > 0
+@pytest.mark.parametrize("mib", [64, 1])
+def test_checkpoints_have_a_limit(llama_server, slow_model, mib):
+    """--cache-ram bounds what a conversation keeps: half of it is for checkpoints."""
+    limit = mib << 19
+    had = []
+    with served(llama_server, slow_model, *flags(1, 8192), "--cache-ram", mib, *EVICT) as server:
+        for turn in range(1, 10):
+            server.complete(text(900)[: 100 * turn], 2)
+            had.append(server.cache()["totals"]["checkpoint_bytes"])
+    assert max(had) <= limit
+    # without a limit there would be more
+    assert 0 < had[-1] and (max(had) > 1 << 19) == (mib > 1)
+
+
+def test_figures_of_a_server_that_sleeps(llama_server, plain):
+    """It has no cache; what it counted stays."""
+    with served(llama_server, plain, *flags(1), *EVICT, "--metrics", "--sleep-idle-seconds", 1) as server:
+        server.complete(text(300), 5)
+        awake = server.cache()
+        end = time.monotonic() + 30
+        while server.cache()["slots"][0]["cells_used"]:
+            assert time.monotonic() < end, "it does not fall asleep"
+            time.sleep(0.1)
+        asleep = server.cache()
+        assert awake["totals"]["evictions_total"] == asleep["totals"]["evictions_total"] > 0
+        assert awake["totals"]["kv_bytes"] > 0 == asleep["totals"]["kv_bytes"]
+        assert not any(value for name, value in asleep["slots"][0].items() if name != "n_ctx")
+        server.complete(text(300), 5)
+        again = server.cache()["totals"]
+        assert again["kv_bytes"] == awake["totals"]["kv_bytes"]
+        assert again["evictions_total"] == 2 * awake["totals"]["evictions_total"]
+
+
+def test_sequences_in_one_cache(llama_server, plain):
+    """Selection in a unified cache: each slot has its own cells, not all of them."""
+    with served(llama_server, plain, "-np", 2, "-c", 2048, "--kv-unified", "-fit", "off", "--slots", "--cache-ram", 0,
+                "--kv-select", "quest", "--kv-select-budget", 64) as server:
+        timings = [server.complete(text(n), 5, id_slot=slot)["timings"] for slot, n in ((0, 300), (1, 200))]
+        assert [t["kv_cells_used"] for t in timings] == [304, 204]
+        assert [s["cells_used"] for s in server.cache()["slots"]] == [304, 204]
+        assert server.cache()["totals"]["cells_used"] == 508
 
 
 def test_off(llama_server, plain):
@@ -391,21 +428,10 @@ def test_off(llama_server, plain):
         assert server.trace == []
 
 
-def stock_server():
-    """The unpatched server, if it has been built."""
-    import unpatched
-    from edgekv import native
-
-    folder = unpatched.ROOT / "build" / "unpatched"
-    found = [p.parent / "build" / "bin" / "llama-server" for p in folder.glob(f"*-{native.cpu_variant()}/server-done")]
-    return found[0] if found else None
-
-
+@pytest.mark.slow
 def test_off_is_off(llama_server, models):
     """Token by token what the unpatched server answers, with the probabilities of the first ones."""
-    binary = stock_server()
-    if binary is None:
-        pytest.skip("the unpatched server has not been built: python tests/unpatched.py")
+    binary = unpatched_server()
     for arch, model in models.items():
         heard = []
         for server_binary in (binary, llama_server):
@@ -575,7 +601,9 @@ def test_a_client_leaves_in_mid_prompt(llama_server, slow_model):
             connection = server.connect()
             connection.request("POST", "/completion", json.dumps({"prompt": prompt, "n_predict": 1}),
                                {"Content-Type": "application/json"})
+            end = time.monotonic() + 60
             while decoded(server) == had:
+                assert server.process.poll() is None and time.monotonic() < end, "it does not begin to read"
                 time.sleep(0.05)
             connection.close()
             server.idle(60)
@@ -620,11 +648,12 @@ def test_what_the_load_benchmark_calls_wrong(benchmark):
     assert [a["own"] for a in said] == [True, False, True, False, False]
     assert [a["others"] for a in said] == [[], ["234567"], ["234567"], [], ["345678"]]
 
-    fine = {"server": "a", "round": 1, "failures": [], "mixed": [], "own_share": 0.9}
+    fine = {"server": "a", "round": 1, "asked": 9, "requests": 9, "failures": [], "mixed": [], "own_share": 0.9}
     assert benchmark.wrong(fine) == []
     assert "234567" in benchmark.wrong({**fine, "mixed": [said[1]]})[0]
     assert "status 500" in benchmark.wrong({**fine, "failures": ["conversation 3, turn 1: status 500"]})[0]
     assert "20%" in benchmark.wrong({**fine, "own_share": 0.2})[0]
+    assert "8 of 9 requests" in benchmark.wrong({**fine, "requests": 8})[0]
 
     samples = [(float(t), 2 * t, 100.0 if t < 25 else 50 + 0.5 * t) for t in range(101)]  # grows behind the warm-up
     slope = benchmark.memory_slope(samples, 200)

@@ -69,7 +69,8 @@ while True:
     client = listener.accept()[0]
     n += 1
     up = n > 1 and client.recv(1000).startswith(health)  # it loads at first
-    client.sendall(b"HTTP/1.1 %d x\\r\\nContent-Length: 0\\r\\n\\r\\n" % (200 if up else 503))
+    ready = 401 if value("--api-prefix") and value("--api-key") else 200  # as the real one
+    client.sendall(b"HTTP/1.1 %d x\\r\\nContent-Length: 0\\r\\n\\r\\n" % (ready if up else 503))
     client.close()
     if up:
         note("up", "")
@@ -159,7 +160,7 @@ def test_defaults(model, fake, monkeypatch):
 def test_what_is_not_ours_passes_through(model, fake):
     theirs = ["--top-k", "40", "-cb", "-ctxcp", "5", "-to", "600", "-s", "-1", "--chat-template-kwargs",
               '{"a": [1, 2]}', "--no-mmap", "--control-vector-layer-range", "1", "2",
-              "--api-prefix", "/x", "--log_prefix",
+              "--api-prefix", "/x", "--api-key", "k", "--log_prefix",
               "-hello=5", ""]
     r = serve(model, "--kv-evict", "none", *theirs[:7], "-np", 2, *theirs[7:])
     assert fake.started["argv"][-len(theirs):] == theirs and fake.value("-np") == "2"
@@ -190,11 +191,23 @@ def test_environment_variables_count(model, fake, monkeypatch):
 
 @pytest.mark.parametrize("wish, slots, n_ctx", [
     (["-c", "1000"], "4", 256), (["-c", "2049", "-np", "2"], "2", 1280), (["-c", "8192", "-np", "-1"], "4", 2048),
-    (["-c", "2048", "-kvu"], "4", 2048)])
+    (["-c", "2048", "-kvu"], "4", 2048), (["-c", "2048", "-kvu", "--no-kv-unified"], "4", 512)])
 def test_slots_as_llama_cpp_rounds_them(model, fake, wish, slots, n_ctx):
     r = serve(model, "--kv-evict", "none", *wish)
     assert fake.value("-c") == wish[1] and fake.value("-np") == slots
     assert f"{slots} slots of {n_ctx:,} tokens" in r.stderr
+
+
+@pytest.mark.parametrize("variable, n_ctx", [("KV_UNIFIED=0", 512), ("KV_UNIFIED=on", 2048), ("NO_KV_UNIFIED=1", 512)])
+def test_one_cache_for_all_by_a_variable(model, fake, monkeypatch, variable, n_ctx):
+    monkeypatch.setenv(*f"LLAMA_ARG_{variable}".split("="))
+    assert f"4 slots of {n_ctx:,} tokens" in serve(model, "--kv-evict", "none", "-c", "2048").stderr
+
+
+def test_layers_in_each_of_llama_cpps_spellings(model, fake):
+    for flag in ("-ngl", "--gpu-layers", "--n-gpu-layers"):
+        serve(model, "--kv-evict", "none", flag, 3)
+        assert fake.value("-ngl") == "3" and flag not in fake.started["argv"][:-2] or flag == "-ngl"
 
 
 def test_selection(model, fake):
@@ -252,6 +265,11 @@ def test_filters_where_nothing_can_be_kept(model, fake, monkeypatch, tmp_path):
     """They lie in a folder of their own while the server runs."""
     calibrated(monkeypatch)
     (tmp_path / "cache").write_text("in the way")
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+        r = edgekv("serve", model, *EVICT, "--port", 0)
+        assert r.exit_code == 1 and "nor a temporary folder can be written to" in r.stderr.splitlines()[-1]
+        serve(model, "--kv-evict", "none")  # nobody needs it
     serve(model, *EVICT)
     path = Path(fake.value("--kv-filters"))
     assert not path.exists() and not path.parent.exists()
@@ -283,6 +301,8 @@ def test_filters_of_the_users(model, fake, monkeypatch, tmp_path):
     convert(model, own, random_filters(GGUF(model)))
     serve(model, *EVICT, "--kv-filters", own)
     assert fake.value("--kv-filters") == str(own) and not calls
+    fails("--kv-evict streaming looks at no filters", "serve", model, "--kv-evict", "streaming", "--kv-budget", 64,
+          "--kv-filters", own)
     fails("other.gguf: holds no Q-Filters", "serve", model, *EVICT, "--kv-filters", other)
     convert(other, other, random_filters(GGUF(other)))
     fails("other.gguf: Q-Filters were made for another model", "serve", model, *EVICT, "--kv-filters", other)
@@ -294,6 +314,10 @@ def test_filters_of_the_users(model, fake, monkeypatch, tmp_path):
 @pytest.mark.parametrize("why, arguments", [
     ("tiny.gguf: no such file", ["nowhere/tiny.gguf"]),
     ("--kv-evict none evicts nothing", ["{model}", "--kv-evict", "none", "--kv-budget", "4"]),
+    ("--kv-window says what an eviction keeps", ["{model}", "--kv-evict", "none", "--kv-window", "4"]),
+    ("--kv-filters f.gguf: filters say what", ["{model}", "--kv-evict", "none", "--kv-filters", "f.gguf"]),
+    ("--keep 100 and --kv-window 0 exceed", ["{model}", "--kv-evict", "streaming", "--kv-budget", "64", "--keep", "100"]),
+    ("--gpt-oss-20b-default: names a model", ["{model}", "--gpt-oss-20b-default"]),
     ("--kv-evict streaming needs --kv-budget", ["{model}", "--kv-evict", "streaming"]),
     ("--keep -1: must not be negative", ["{model}", "--kv-evict", "streaming", "--kv-budget", "64", "--keep", "-1"]),
     ("--kv-budget lots", ["{model}", "--kv-budget", "lots"]),
@@ -585,13 +609,32 @@ def test_it_answers_and_stops(model):
 @real
 def test_it_listens_at_a_socket(model, tmp_path):
     path = tmp_path / "s.sock"
-    process, line = real_server(model, "--kv-evict", "none", "-c", 512, "-np", 1, "-t", 1, "--host", path)
+    for _ in range(2):  # what the first one leaves behind is no obstacle
+        process, line = real_server(model, "--kv-evict", "none", "-c", 512, "-np", 1, "-t", 1, "--host", path)
+        try:
+            assert f"unix://{path}" in line and server.Address((str(path),), 0).answers()
+            fails(f"--host {path}: a server listens there already", "serve", model, "--kv-evict", "none", "--host", path)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            stderr = process.communicate(timeout=30)[1]
+        assert (process.returncode, stderr) == (0, "")
+    path.unlink()
+    path.write_text("a letter")
+    fails(f"--host {path}: is a file", "serve", model, "--kv-evict", "none", "--host", path)
+    assert path.read_text() == "a letter"
+
+
+@real
+def test_a_prefix_and_a_key(model):
+    """Behind a prefix its /health wants a key, which does not keep us from seeing that it is up."""
+    process, line = real_server(model, "--kv-evict", "none", "-c", 512, "-np", 1, "-t", 1, "--port", 0, "--api-prefix", "/x/",
+                                "--api-key", "k")
     try:
-        assert f"unix://{path}" in line and server.Address((str(path),), 0).answers()
+        assert "/x/ (1 slot" in line
     finally:
         process.send_signal(signal.SIGTERM)
-        stderr = process.communicate(timeout=30)[1]
-    assert (process.returncode, stderr) == (0, "")
+        process.communicate(timeout=30)
+    assert process.returncode == 0
 
 
 @real

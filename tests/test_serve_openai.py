@@ -3,6 +3,7 @@
 import json
 import threading
 
+import openai
 import pytest
 
 from edgekv.calibrate import default_text
@@ -36,7 +37,6 @@ def client(server):
 
 
 def connect(server):
-    openai = pytest.importorskip("openai")
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600)
 
 
@@ -137,6 +137,26 @@ def test_a_forced_tool_call(tool_client, stream):
     validate(json.loads(call.function.arguments), schema)
 
 
+@pytest.mark.parametrize("name", [t["function"]["name"] for t in TOOLS])
+def test_a_tool_by_its_name(tool_client, name):
+    """Whatever the question is about."""
+    question = {"role": "user", "content": "What is the weather in Berlin, in celsius?"}
+    how = dict(model="any", messages=[*BEFORE, question], tools=TOOLS, max_tokens=100, temperature=0)
+    answer = tool_client.chat.completions.create(**how, tool_choice={"type": "function", "function": {"name": name}})
+    assert [call.function.name for call in answer.choices[0].message.tool_calls] == [name]
+    with pytest.raises(openai.BadRequestError, match="no tool named wether"):
+        tool_client.chat.completions.create(**how, tool_choice={"type": "function", "function": {"name": "wether"}})
+    with pytest.raises(openai.BadRequestError, match="tool_choice: give auto"):
+        tool_client.chat.completions.create(**how, tool_choice={"type": "some", "name": name})
+
+
+def test_a_template_without_tools(client):
+    """A call cannot be forced there, and that is said."""
+    with pytest.raises(openai.BadRequestError, match="template knows no tools"):
+        client.chat.completions.create(model="any", messages=LONG, tools=TOOLS, tool_choice="required", max_tokens=5)
+    assert client.chat.completions.create(model="any", messages=LONG, tools=TOOLS, max_tokens=5).choices
+
+
 def test_a_call_that_the_model_would_not_make(tool_client):
     """Forced, it may talk before a call, and does not end without one."""
     how = dict(model="any", messages=[*BEFORE, {"role": "user", "content": "Good bye!"}], tools=TOOLS, max_tokens=40,
@@ -161,7 +181,6 @@ def test_an_answer_of_a_schema(server, client):
 
 def test_errors_are_the_client_s(server, client):
     """The client knows them by their status."""
-    import openai
 
     with pytest.raises(openai.BadRequestError, match="2048"):
         client.chat.completions.create(model="smollm2", messages=[{"role": "user", "content": default_text()[:20_000]}])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import struct
 import subprocess
 from dataclasses import replace
 
@@ -126,6 +127,7 @@ def test_selection_is_refused_in_the_words_of_python(refused, flags, wanted):
 @pytest.mark.parametrize("flags, why", [
     (["--kv-window", "16"], "--kv-window is for eviction: add --kv-evict"),
     (["--kv-filters", "f.gguf"], "--kv-filters is for eviction: add --kv-evict"),
+    ([*EVICT, "--kv-filters", "f.gguf"], "looks at no filters, drop one of them"),
     ([*EVICT, "--kv-window", "many"], "--kv-window many: give a number of tokens"),
     (["--kv-select", "quest", "--kv-dense-layers", "two"], "--kv-dense-layers two: give a number of layers"),
     (["--kv-select", "quest", "-fa", "off"], "--kv-select quest needs flash attention: drop -fa off"),
@@ -139,7 +141,7 @@ def test_more_refusals(run, flags, why):
 @pytest.mark.parametrize("flag", [
     "--context-shift", "--cache-reuse 64", "--kv-unified", "--kv-unified-per-slot 512", "--keep -1", "--keep -2",
     "--mmproj x.gguf", "--embedding", "--embeddings", "--reranking", "--model-draft x.gguf", "--spec-type ngram-mod",
-    "--spec-default",
+    "--spec-default", "--swa-full",
 ])
 def test_what_does_not_go_with_eviction(refused, run, flag):
     name = {"--embeddings": "--embedding", "--spec-default": "--spec-type"}.get(flag, flag.split()[0])
@@ -299,6 +301,10 @@ def test_damaged_filters(refused, tmp_path, model):
     ):
         assert good.count(old) == 1, old
         assert says(good.replace(old, new)) == python(), (old, new)
+    # each within the file, all together not: so little file must not ask for so much memory
+    named = [b"norm%d" % i for i in range(3)]
+    tensors = b"".join(struct.pack(f"<Q{len(n)}sIQIQ", len(n), n, 1, 100, 0, 0) for n in named)
+    assert "lies on others" in says(struct.pack("<4sIQQ", b"GGUF", 3, len(named), 0) + tensors + bytes(1000))
     for n in (0, 3, 10, 100, len(good) // 2, len(good) - 1):
         assert "GGUF file" in says(good[:n])
     assert "holds no Q-Filters" in says(model.read_bytes())

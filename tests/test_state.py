@@ -76,6 +76,60 @@ def test_a_flipped_bit(evicted, states, seq_id, at, bit, head):
     refused(evicted, bytes(state), seq_id, ".")
 
 
+def checksum(data: bytes) -> bytes:
+    """As ggml_ops/llama/edgekv-hash.h has it: anyone can make one."""
+    h = 0
+    for at in range(0, len(data), 8):
+        word = data[at : at + 8]
+        h = (h ^ int.from_bytes(word, "little") ^ len(word) << 59) * 0x9E3779B97F4A7C15 % 2**64
+        h ^= h >> 29
+    return h.to_bytes(8, "little")
+
+
+def forged(state: bytes, **change: int) -> bytes:
+    """With other numbers in the head, of the first sequence where they are a sequence's, and a checksum that matches."""
+    begin = bytes(state).index(b"EdKv") + 16
+    end = begin + int.from_bytes(state[begin - 8 : begin], "little")
+    head = bytearray(state[begin:end])
+    assert checksum(head) == bytes(state[end : end + 8])
+    at = head.index(b"knorm") + 5 + 12
+    for name, size in dict(n_payload=8, whole=1, n_sequences=4, n_used=4, n_keep=4, n_past=4, swa_head=8, floor=4,
+                           n_evictions=8, n_moved=4, n_layers=4, stride=4).items():
+        if name in change:
+            head[at : at + size] = change[name].to_bytes(size, "little", signed=change[name] < 0)
+        at += size
+    return bytes(state[:begin]) + bytes(head) + checksum(head) + bytes(state[end + 8 :])
+
+
+@pytest.mark.parametrize("change", [
+    dict(floor=-1), dict(floor=201), dict(n_past=-5), dict(n_past=47), dict(n_moved=49), dict(n_moved=2**32 - 1),
+    dict(n_layers=0), dict(n_layers=3), dict(stride=2**31), dict(n_payload=2**62), dict(n_payload=2**64 - 1),
+])
+def test_a_forged_head(evicted, states, change):
+    """What a checksum does not keep out: numbers that do not go together."""
+    for seq_id, state in states.items():
+        refused(evicted, forged(state, **change), seq_id, "damaged|truncated")
+
+
+@pytest.mark.parametrize("change", [dict(n_used=47), dict(n_past=199), dict(n_past=201)])
+@pytest.mark.parametrize("whole", (True, False))
+def test_a_head_that_is_not_its_cells(model, states, change, whole):
+    """Seen only once they are in the cache: then it is empty."""
+    seq_id = None if whole else 0
+    with Session(model, settings=KNORM) as s:
+        s.read(tokens(60))
+        with pytest.raises(EdgekvError, match="were cleared: it has other tokens than it says"):
+            s.load(forged(states[seq_id], **change), seq_id)
+        assert s.stats(0).tokens_seen == 0
+        s.read(tokens(100))
+
+
+def test_moved_cells_that_are_not_there(model):
+    with Session(model, settings=KNORM) as s:
+        s.read(tokens(30))
+        refused(s, forged(s.save(0), n_moved=20), 0, "damaged")
+
+
 @pytest.mark.parametrize("change, why", [
     (dict(settings=EvictionSettings("knorm", 41, 10, 4)), "saved with budget 40, this context has 41"),
     (dict(settings=EvictionSettings("knorm", 40, 9, 4)), "saved with window 10, this context has 9"),

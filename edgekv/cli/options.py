@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -20,6 +22,8 @@ from edgekv.settings import (
     needs_filters,
     parse_budget,
 )
+
+_MIB = 1 << 20
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
@@ -80,7 +84,7 @@ _context_options = [
     click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0,
                  help="Tokens of context [default: what the model was trained on]."),
     click.option("-t", "--threads", "n_threads", type=click.IntRange(min=1), help="Threads [default: all cores]."),
-    click.option("-ngl", "--n-gpu-layers", "n_gpu_layers", type=int, metavar="N",
+    click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "n_gpu_layers", type=int, metavar="N",
                  help="Layers on GPUs and --rpc servers, the last ones; -1: all [default: 0, with --rpc all]."),
     rpc_option,
     click.option("-ctk", "--cache-type-k", "type_k", type=click.Choice(CACHE_TYPES), default="f16", show_default=True,
@@ -170,81 +174,84 @@ def take_grammar(options: dict[str, Any]):
     return None
 
 
-def open_llama(
-    model: str,
-    *,
-    kv_evict: str,
-    kv_budget: str | None,
-    kv_window: int | None,
-    keep: int | None,
-    kv_select: str,
-    kv_select_budget: str | None,
-    kv_page_size: str | None,
-    kv_dense_layers: int | None,
-    kv_grouped_attn: bool,
-    n_ctx: int,
-    n_threads: int | None,
-    n_gpu_layers: int | None,
-    rpc: str | None,
-    type_k: str,
-    type_v: str,
-    flash_attn: str,
-    n_batch: int,
-    n_ubatch: int,
-    cache_ram: int | None,
-):
-    """A ready ``edgekv.Llama``. It says what ``auto`` decided; filters that the model's file lacks come from the user's
-    cache folder, calibrated there once."""
+def open_llama(model: str, **options: Any):
+    """A ready ``edgekv.Llama`` from the options of a context. It says what ``auto`` decided; filters that the model's file
+    lacks come from the user's cache folder, calibrated there once."""
     from edgekv.calibrate import filters_for
     from edgekv.gguf_file import GGUF
     from edgekv.llama import Llama
+    from edgekv.memory import default_cache_ram
     from edgekv.rpc import gpu_layers
     from edgekv.session import CACHE_TYPES as GGML_TYPES
     from edgekv.session import default_threads
 
     gguf = GGUF(model)
-    servers = look_at_servers(rpc, n_gpu_layers)
-    n_gpu_layers = gpu_layers(n_gpu_layers, rpc)
-    n_ctx = n_ctx or gguf.context_length
-    if flash_attn == "off" and type_v not in ("f32", "f16", "bf16"):
-        raise EdgekvError(f"-ctv {type_v}: a quantised V needs flash attention, drop -fa off")
-    if kv_evict == "none" and kv_budget is not None:
-        raise EdgekvError("--kv-budget says what an eviction keeps, but --kv-evict none evicts nothing: drop one of them")
-    selection = SelectionSettings.resolve(kv_select, kv_select_budget, kv_page_size and int(kv_page_size),
-                                          kv_dense_layers, kv_grouped_attn)
-    if selection.needs_flash_attention:
-        if flash_attn == "off":
-            flag = "--kv-select quest" if kv_select != "none" else "--kv-grouped-attn"
-            raise EdgekvError(f"{flag} needs flash attention: drop -fa off")
-        flash_attn = "on"
-    if kv_evict == "auto":
-        kv_evict, kv_budget = auto_policy(gguf, kv_budget, n_ctx, type_k, type_v, n_ubatch, selection, servers,
-                                          n_gpu_layers)
+    o = SimpleNamespace(**options)
+    servers = look_at_servers(o.rpc, o.n_gpu_layers)
+    o.n_gpu_layers = gpu_layers(o.n_gpu_layers, o.rpc)
+    o.n_ctx = o.n_ctx or gguf.context_length
+    if o.cache_ram is None:
+        o.cache_ram = default_cache_ram()
+    selection = settle(o, gguf, servers, checkpoints=o.cache_ram * _MIB)
 
-    threads = n_threads or default_threads()
+    threads = o.n_threads or default_threads()
+    quantised = o.type_v not in ("f32", "f16", "bf16")
     llama = Llama(
         model,
-        qfilters=filters_for(model, n_threads=threads, say=say) if needs_filters(kv_evict) else None,
+        qfilters=filters_for(model, n_threads=threads, say=say) if needs_filters(o.kv_evict) else None,
         selection=selection,
-        cache_ram=cache_ram,
+        cache_ram=o.cache_ram,
         seed=secrets.randbits(32),  # the bindings' own default is a fixed one
-        kv_evict=kv_evict,
-        kv_budget=kv_budget,
-        kv_window=kv_window,
-        keep=keep,
-        n_ctx=n_ctx,
-        n_batch=n_batch,
-        n_ubatch=min(n_ubatch, n_batch),
+        kv_evict=o.kv_evict,
+        kv_budget=o.kv_budget,
+        kv_window=o.kv_window,
+        keep=o.keep,
+        n_ctx=o.n_ctx,
+        n_batch=o.n_batch,
+        n_ubatch=o.n_ubatch,
         n_threads=threads,
         n_threads_batch=threads,
-        n_gpu_layers=n_gpu_layers,
-        rpc_servers=rpc or (),
-        type_k=GGML_TYPES[type_k],
-        type_v=GGML_TYPES[type_v],
-        flash_attn=flash_attn == "on" or (flash_attn == "auto" and (n_gpu_layers != 0 or type_v not in ("f32", "f16", "bf16"))),
+        n_gpu_layers=o.n_gpu_layers,
+        rpc_servers=o.rpc or (),
+        type_k=GGML_TYPES[o.type_k],
+        type_v=GGML_TYPES[o.type_v],
+        flash_attn=o.flash_attn == "on" or (o.flash_attn == "auto" and (o.n_gpu_layers != 0 or quantised)),
     )
     llama.on_notice = say
     return llama
+
+
+def settle(o: SimpleNamespace, gguf, servers: list, **room: Any) -> SelectionSettings:
+    """Checks the options of a context against each other, and decides what is left to us: ``n_ubatch``, ``flash_attn``,
+    ``kv_evict`` and ``kv_budget`` of ``o`` are final then.
+
+    Args:
+        o: the options, with ``n_ctx`` of each sequence.
+        servers: what :func:`check_servers` found.
+        room: goes to :func:`auto_policy`.
+
+    Raises:
+        EdgekvError: naming the flag that is wrong, or two that do not go together.
+    """
+    o.n_ubatch = min(o.n_ubatch, o.n_batch)
+    if o.flash_attn == "off" and o.type_v not in ("f32", "f16", "bf16"):
+        raise EdgekvError(f"-ctv {o.type_v}: a quantised V needs flash attention, drop -fa off")
+    if o.kv_evict == "none":
+        for flag, value in (("--kv-budget", o.kv_budget), ("--kv-window", o.kv_window)):
+            if value is not None:
+                raise EdgekvError(f"{flag} says what an eviction keeps, but --kv-evict none evicts nothing: drop one of "
+                                  "them")
+    selection = SelectionSettings.resolve(o.kv_select, o.kv_select_budget, o.kv_page_size and int(o.kv_page_size),
+                                          o.kv_dense_layers, o.kv_grouped_attn)
+    if selection.needs_flash_attention:
+        if o.flash_attn == "off":
+            flag = "--kv-select quest" if o.kv_select != "none" else "--kv-grouped-attn"
+            raise EdgekvError(f"{flag} needs flash attention: drop -fa off")
+        o.flash_attn = "on"
+    if o.kv_evict == "auto":
+        o.kv_evict, o.kv_budget = auto_policy(gguf, o.kv_budget, o.n_ctx, o.type_k, o.type_v, o.n_ubatch, selection,
+                                              servers, o.n_gpu_layers, **room)
+    return selection
 
 
 def look_at_servers(servers: str | None, n_gpu_layers: int | None) -> list:
@@ -284,7 +291,7 @@ def _free_bytes(servers: list, n_gpu_layers: int, gguf, aside: int = 0) -> int |
 
 def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int,
                 selection: SelectionSettings, servers: list, n_gpu_layers: int, *, n_slots: int = 1, aside: int = 0,
-                tell: Callable[[str], None] = say) -> tuple[str, str | None]:
+                checkpoints: int = 0, tell: Callable[[str], None] = say) -> tuple[str, str | None]:
     """What ``--kv-evict auto`` means here, as policy and budget: a budget asks for eviction, otherwise the free memory
     decides.
 
@@ -292,6 +299,7 @@ def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, 
         n_ctx: tokens of context of each of ``n_slots`` sequences.
         servers: what :func:`check_servers` found.
         aside: bytes of this machine's free memory that are for something else.
+        checkpoints: bytes of it that are for checkpoints if something is evicted.
         tell: gets a line about what the free memory decided.
     """
     from edgekv import native
@@ -306,17 +314,21 @@ def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, 
         summaries = 0 if selection.method == "none" else (gguf.kv_bytes_per_token((1, 2), (1, 2)) or 0) // selection.page_size
         per_token += summaries
         full = ((gguf.kv_bytes_per_token(*blocks) or 0) + summaries) * n_ctx * n_slots
-        free = _free_bytes(servers, n_gpu_layers, gguf, aside)
-        # the model's pages and the compute buffers want room too
-        room = None if free is None else max(0, free - gguf.size) * 4 // 5
+
+        def room(aside: int) -> float:
+            free = _free_bytes(servers, n_gpu_layers, gguf, aside)
+            # the model's pages and the compute buffers want room too
+            return math.inf if free is None else max(0, free - gguf.size) * 4 // 5
+
         each = f" in each of {n_slots} slots" if n_slots > 1 else ""
-        if room is None or full <= room:
+        if full <= room(aside):
             tell(f"the whole context of {n_ctx:,} tokens{each} fits the free memory ({format_bytes(full)}): nothing is "
                  "evicted")
             return "none", None
         # layers with sliding windows keep those, which are small beside the context
-        tokens = room // n_slots // max(per_token, 1) - n_ubatch
+        tokens = int(room(aside + checkpoints)) // n_slots // max(per_token, 1) - n_ubatch
         if tokens < 256:
+            free = _free_bytes(servers, n_gpu_layers, gguf, aside + checkpoints)
             raise EdgekvError(f"{gguf.path}: {format_bytes(free)} of free memory are not enough for "
                               + (f"{n_slots} KV caches: lower -np" if n_slots > 1 else "a KV cache"))
         budget = str(tokens)

@@ -6,16 +6,18 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 
 from edgekv.cli.common import model_option
-from edgekv.cli.options import auto_policy, check_servers, context_options, rare
+from edgekv.cli.options import check_servers, context_options, rare, settle
 from edgekv.cli.talk import say
 from edgekv.errors import EdgekvError
-from edgekv.settings import EvictionSettings, SelectionSettings, needs_filters
+from edgekv.settings import EvictionSettings, needs_filters
 
 _MIB = 1 << 20
 
@@ -143,8 +145,10 @@ def serve(model: str, host: str, port: int, n_parallel: int, kv_filters: str | N
         raise EdgekvError("-np 0: give a number of slots")
     n_parallel = 4 if n_parallel < 0 else n_parallel
 
-    for word in passed_on:
-        if _flag(word) in _OTHER_MODEL_FLAGS:
+    for word in map(_flag, passed_on):
+        # --gpt-oss-20b-default and its like fetch one, and set a port
+        preset = word.startswith("--") and word.endswith("-default") and word != "--spec-default"
+        if preset or word in _OTHER_MODEL_FLAGS:
             raise EdgekvError(f"{word}: names a model, and so does {model}; give one "
                               "as MODEL (hf:ORG/REPO:QUANT fetches it)")
 
@@ -153,23 +157,24 @@ def serve(model: str, host: str, port: int, n_parallel: int, kv_filters: str | N
         raise EdgekvError(f"--host {host!r}: give an address")
     with_tcp = not all(name.endswith(".sock") for name in hosts)
     shared_port = _given(passed_on, ("--reuse-port",), "LLAMA_ARG_REUSE_PORT")
-    if with_tcp and not shared_port:
+    if not shared_port:
         server.free_port(hosts, port)
 
     plan = _Plan(model, gguf, n_parallel, kv_filters, passed_on, notices, **options)
-    with tempfile.TemporaryDirectory(prefix="edgekv-") as folder:
-        argv = [program, "-m", model, *plan.argv(Path(folder)), "--host", host]
+    with ExitStack() as stack:
+        argv = [program, "-m", model, *plan.argv(stack), "--host", host]
         if with_tcp:
             port = port or server.free_port(hosts, 0)
         argv += ["--port", port, *_defaults(model, passed_on), *passed_on]
-        address = server.Address(hosts, port, _value(passed_on, "--api-prefix", "LLAMA_ARG_API_PREFIX").rstrip("/"),
-                                 bool(_value(passed_on, "--ssl-cert-file", "LLAMA_ARG_SSL_CERT_FILE")))
+        address = server.Address(hosts, port, _value(passed_on, "--api-prefix", "LLAMA_ARG_API_PREFIX"),
+                                 bool(_value(passed_on, "--ssl-cert-file", "LLAMA_ARG_SSL_CERT_FILE")
+                                      and _value(passed_on, "--ssl-key-file", "LLAMA_ARG_SSL_KEY_FILE")))
         if address.is_public and not (_value(passed_on, "--api-key", "LLAMA_API_KEY")
                                       or _value(passed_on, "--api-key-file", "LLAMA_ARG_API_KEY_FILE")):
             notices.append(f"warning: {host} can be reached by others, and without --api-key or --api-key-file whoever "
                            "connects can use the model and read the slots")
         log = _Log(verbose or _given(passed_on, ("-lv", "--verbosity", "--log-verbosity", "--log-verbose",
-                                                 "--log-jsonl")))
+                                                 "--log-jsonl"), "LLAMA_ARG_LOG_VERBOSITY"))
 
         def up() -> None:
             log.is_up = True
@@ -210,83 +215,62 @@ class _Plan:
         filters: str | None,
         passed_on: list[str],
         notices: list[str],
-        *,
-        kv_evict: str,
-        kv_budget: str | None,
-        kv_window: int | None,
-        keep: int | None,
-        kv_select: str,
-        kv_select_budget: str | None,
-        kv_page_size: str | None,
-        kv_dense_layers: int | None,
-        kv_grouped_attn: bool,
-        n_ctx: int,
-        n_threads: int | None,
-        n_gpu_layers: int | None,
-        rpc: str | None,
-        type_k: str,
-        type_v: str,
-        flash_attn: str,
-        n_batch: int,
-        n_ubatch: int,
-        cache_ram: int | None,
+        **options: Any,
     ):
-        from edgekv.memory import available_bytes
+        from edgekv.llama import bytes_per_token
+        from edgekv.memory import default_cache_ram
         from edgekv.rpc import gpu_layers
+        from edgekv.session import CACHE_TYPES as GGML_TYPES
         from edgekv.session import default_threads
 
+        o = SimpleNamespace(**options)
         self.model, self.gguf, self.filters, self.n_slots = model, gguf, filters, n_slots
-        self.n_threads = n_threads or default_threads()
-        servers = check_servers(rpc, n_gpu_layers)
-        n_gpu_layers = gpu_layers(n_gpu_layers, rpc)
+        self.n_threads = o.n_threads or default_threads()
+        servers = check_servers(o.rpc, o.n_gpu_layers)
+        o.n_gpu_layers = gpu_layers(o.n_gpu_layers, o.rpc)
         # one cache for all slots takes what it is given, otherwise each has its share
-        n_caches = 1 if _given(passed_on, ("-kvu", "--kv-unified"), "LLAMA_ARG_KV_UNIFIED") else n_slots
-        n_ctx_all = n_ctx or gguf.context_length * n_caches
-        self.n_ctx = _padded(_padded(n_ctx_all) // n_caches)  # of a cache, as llama.cpp rounds it
-        n_ubatch = min(n_ubatch, n_batch)
-        if cache_ram is None:
-            cache_ram = min(8192, (available_bytes() or 0) // 4 // _MIB)
+        n_caches = 1 if _unified(passed_on) else n_slots
+        n_ctx_all = o.n_ctx or gguf.context_length * n_caches
+        self.n_ctx = o.n_ctx = _padded(_padded(n_ctx_all) // n_caches)  # of a cache, as llama.cpp rounds it
+        if o.cache_ram is None:
+            o.cache_ram = default_cache_ram()
 
-        if flash_attn == "off" and type_v not in ("f32", "f16", "bf16"):
-            raise EdgekvError(f"-ctv {type_v}: a quantised V needs flash attention, drop -fa off")
-        if kv_evict == "none" and kv_budget is not None:
-            raise EdgekvError("--kv-budget says what an eviction keeps, but --kv-evict none evicts nothing: drop one "
-                              "of them")
-        selection = SelectionSettings.resolve(kv_select, kv_select_budget, kv_page_size and int(kv_page_size),
-                                              kv_dense_layers, kv_grouped_attn)
-        if selection.needs_flash_attention and flash_attn == "off":
-            flag = "--kv-select quest" if kv_select != "none" else "--kv-grouped-attn"
-            raise EdgekvError(f"{flag} needs flash attention: drop -fa off")
-        if kv_evict == "auto":
-            kv_evict, kv_budget = auto_policy(gguf, kv_budget, self.n_ctx, type_k, type_v, n_ubatch, selection, servers,
-                                              n_gpu_layers, n_slots=n_caches, aside=max(0, cache_ram) * _MIB,
-                                              tell=notices.append)
+        if filters is not None and o.kv_evict == "none":
+            raise EdgekvError(f"--kv-filters {filters}: filters say what an eviction keeps, but --kv-evict none evicts "
+                              "nothing: drop one of them")
+        settle(o, gguf, servers, n_slots=n_caches, aside=max(0, o.cache_ram) * _MIB, tell=notices.append)
+        if filters is not None and o.kv_evict != "none" and not needs_filters(o.kv_evict):
+            raise EdgekvError(f"--kv-filters {filters}: --kv-evict {o.kv_evict} looks at no filters, drop one of them")
+        if o.kv_evict != "none":
+            # why it is on belongs before what the server may say against it
+            while notices:
+                say(notices.pop(0))
         self.eviction = EvictionSettings.resolve(
-            kv_evict, kv_budget, kv_window, keep or None, n_ctx=self.n_ctx,
-            bytes_per_token=_bytes_per_token(gguf, kv_budget, type_k, type_v))
+            o.kv_evict, o.kv_budget, o.kv_window, o.keep or None, n_ctx=self.n_ctx,
+            bytes_per_token=bytes_per_token(gguf, o.kv_budget, GGML_TYPES[o.type_k], GGML_TYPES[o.type_v]))
 
-        self._argv = ["-c", n_ctx_all, "-np", n_slots, "-b", n_batch, "-ub", n_ubatch, "-t", self.n_threads,
-                      "-ngl", "all" if n_gpu_layers < 0 else n_gpu_layers, "-ctk", type_k, "-ctv", type_v,
-                      "-fa", flash_attn, "-cram", cache_ram]
-        wishes = {"--rpc": rpc, "--keep": keep}
-        if kv_evict != "none":
-            wishes |= {"--kv-evict": kv_evict, "--kv-budget": kv_budget, "--kv-window": kv_window}
-        if kv_select != "none":
-            wishes |= {"--kv-select": kv_select, "--kv-select-budget": kv_select_budget,
-                       "--kv-page-size": kv_page_size, "--kv-dense-layers": kv_dense_layers}
+        self._argv = ["-c", n_ctx_all, "-np", n_slots, "-b", o.n_batch, "-ub", o.n_ubatch, "-t", self.n_threads,
+                      "-ngl", "all" if o.n_gpu_layers < 0 else o.n_gpu_layers, "-ctk", o.type_k, "-ctv", o.type_v,
+                      "-fa", o.flash_attn, "-cram", o.cache_ram]
+        wishes = {"--rpc": o.rpc, "--keep": o.keep}
+        if o.kv_evict != "none":
+            wishes |= {"--kv-evict": o.kv_evict, "--kv-budget": o.kv_budget, "--kv-window": o.kv_window}
+        if o.kv_select != "none":
+            wishes |= {"--kv-select": o.kv_select, "--kv-select-budget": o.kv_select_budget,
+                       "--kv-page-size": o.kv_page_size, "--kv-dense-layers": o.kv_dense_layers}
         for flag, value in wishes.items():
             if value is not None:
                 self._argv += [flag, value]
-        if kv_grouped_attn:
+        if o.kv_grouped_attn:
             self._argv.append("--kv-grouped-attn")
 
-    def argv(self, folder: Path) -> list[Any]:
+    def argv(self, stack: ExitStack) -> list[Any]:
         """The arguments. Filters that are needed and not in the model's file are calibrated if need be, and lie in the
-        user's cache folder, or in ``folder`` where that cannot be written to."""
-        path = self._filters_file(folder) if needs_filters(self.eviction.policy) else None
+        user's cache folder, or where that cannot be written to in one that goes with ``stack``."""
+        path = self._filters_file(stack) if needs_filters(self.eviction.policy) else None
         return [*self._argv, *(["--kv-filters", path] if path else [])]
 
-    def _filters_file(self, folder: Path) -> str | Path | None:
+    def _filters_file(self, stack: ExitStack) -> str | Path | None:
         from edgekv.calibrate import filters_for
         from edgekv.convert import save_filters
         from edgekv.filters import model_fingerprint, read
@@ -310,6 +294,11 @@ class _Plan:
             in_cache = None
         if in_cache is not None and in_cache.flat().tobytes() == found.flat().tobytes():
             return kept
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekv-")))
+        except OSError:
+            raise EdgekvError(f"{self.model}: has no Q-Filters, and neither {kept.parent} nor a temporary folder can be "
+                              "written to; edgekv convert --with-qfilters puts them into the file") from None
         save_filters(folder / "filters.gguf", self.gguf, found)
         return folder / "filters.gguf"
 
@@ -324,18 +313,6 @@ def _padded(n: int) -> int:
     return -(-n // 256) * 256
 
 
-def _bytes_per_token(gguf, budget: str | None, type_k: str, type_v: str) -> int:
-    """What one token costs in the layers that are evicted from; 0 if the budget is not in bytes."""
-    if not (budget or "").strip().lower().endswith("b"):
-        return 0
-    from edgekv import native
-    from edgekv.llama import window_layers
-    from edgekv.session import CACHE_TYPES as GGML_TYPES
-
-    blocks = [native.type_block(GGML_TYPES[kind]) for kind in (type_k, type_v)]
-    return gguf.kv_bytes_per_token(*blocks, without=window_layers(gguf)) or 0
-
-
 def _name(model: str) -> str:
     return Path(model).name.removesuffix(".gguf")
 
@@ -343,7 +320,7 @@ def _name(model: str) -> str:
 def _defaults(model: str, passed_on: list[str]) -> list[str]:
     """What llama-server does otherwise unless it is told, for whatever the user does not say."""
     defaults = (
-        # it measures the full cache, and would shrink the context
+        # it would shrink the context, which is decided here
         (("-fit", "--fit"), ("LLAMA_ARG_FIT",), ["-fit", "off"]),
         # each new request would copy the caches of all idle slots
         (("--cache-idle-slots", "--no-cache-idle-slots"),
@@ -352,6 +329,18 @@ def _defaults(model: str, passed_on: list[str]) -> list[str]:
         (("-a", "--alias"), ("LLAMA_ARG_ALIAS",), ["--alias", _name(model).replace(",", "-")]),
     )
     return [word for flags, variables, words in defaults if not _given(passed_on, flags, *variables) for word in words]
+
+
+def _unified(passed_on: list[str]) -> bool:
+    """Whether there is one cache for all slots."""
+    for word in reversed(passed_on):
+        if _flag(word) in ("-kvu", "--kv-unified"):
+            return True
+        if _flag(word) in ("-no-kvu", "--no-kv-unified"):
+            return False
+    if "LLAMA_ARG_NO_KV_UNIFIED" in os.environ:
+        return False
+    return os.environ.get("LLAMA_ARG_KV_UNIFIED", "").lower() in ("1", "on", "true", "enabled")
 
 
 def _given(passed_on: list[str], flags: Collection[str], *variables: str) -> bool:

@@ -223,6 +223,7 @@ class gguf_header {
         }
         const uint64_t begin = (total - left + alignment - 1)/alignment*alignment;
 
+        uint64_t sum = 0;
         for (auto & [name, norm] : norms) {
             uint64_t size = sizeof(float);
             for (const uint64_t dim : norm.shape) {
@@ -234,6 +235,9 @@ class gguf_header {
             const uint64_t offset = offsets[name];
             if (begin > total || offset > total - begin || size > total - begin - offset) {
                 fail("truncated GGUF file: tensor '" + name + "' ends behind the end of the file");
+            }
+            if ((sum += size) > total - begin) {
+                fail("damaged GGUF file: tensor '" + name + "' lies on others");
             }
             in.seekg((std::streamoff) (begin + offset));
             left = total - begin - offset;

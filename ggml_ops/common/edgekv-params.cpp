@@ -147,6 +147,9 @@ void check_company(const common_params & params) {
     if (params.kv_unified) {
         clash("--kv-unified", "each sequence needs cells of its own; drop it, and give -np");
     }
+    if (params.swa_full) {
+        clash("--swa-full", "layers with sliding windows keep those; drop one of them");
+    }
     if (params.n_keep < 0) {
         clash("--keep " + std::to_string(params.n_keep),
               "not all of a prompt can stay; give a number of tokens, 0 for the default");
@@ -335,7 +338,10 @@ void edgekv_check_args(common_params & params) {
             count("--kv-window", p.window, "tokens");
         }
         check_company(params);
-        if (needs_filters(p.evict) && !p.filters.empty()) {
+        if (!p.filters.empty()) {
+            if (!needs_filters(p.evict)) {
+                refuse("--kv-filters " + p.filters + ": --kv-evict " + p.evict + " looks at no filters, drop one of them");
+            }
             p.qfilters = read_given_filters(p.filters);
         }
     } else {

@@ -237,6 +237,12 @@ bool llama_edgekv_get_sequence(llama_context * ctx, llama_seq_id seq_id, llama_e
 
     sequence->cells_allocated = kv->get_size();
     sequence->cells_used      = cells.get_used();
+    if (kv->get_n_seq_max() > 1 && kv->get_n_stream() == 1) { // others have cells among them
+        sequence->cells_used = 0;
+        for (uint32_t i = 0; i < cells.size(); ++i) {
+            sequence->cells_used += cells.seq_has(i, seq_id);
+        }
+    }
     sequence->n_keep          = evict ? evict->n_keep(strm) : 0;
     sequence->n_room          = evict ? evict->n_room(strm) : kv->get_size() - cells.get_used();
     sequence->tokens_seen     = cells.seq_pos_max(seq_id) + 1;

@@ -38,8 +38,6 @@ public:
     // [n_used, n_head_kv or 1] F32, higher means: keep; what prepare() was told, or the most that it could be told
     ggml_tensor * scores(ggml_context * ctx, size_t i_layer, ggml_tensor * keys, ggml_tensor * values) const;
 
-    const llama_edgekv_settings & settings() const { return *cfg; }
-
     size_t n_bytes() const;
 
 private:

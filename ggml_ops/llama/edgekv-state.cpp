@@ -22,6 +22,8 @@
 
 namespace {
 
+constexpr uint64_t MAX_PIECE = 256u << 20;
+
 [[noreturn]] void fail(const std::string & text) {
     llama_edgekv_set_error(text);
     throw std::runtime_error(text);
@@ -119,6 +121,9 @@ void walk_fields(Walk & f, Sequence & s, const llama_edgekv_evictor & evict) {
     f(s.n_used); f(s.n_keep); f(s.n_past); f(s.head); f(s.stream.floor); f(s.stream.n_evictions); f(s.stream.n_moved);
     f.resize(s.stream.moved); // empty before the first eviction
     if (s.stream.moved.empty()) {
+        if (s.stream.n_moved > 0) {
+            fail("the state is damaged");
+        }
         return;
     }
     if (s.stream.moved.size() != evict.n_layers()) {
@@ -253,6 +258,10 @@ void check_sequences(const state_head & head, const llama_edgekv_evictor & evict
         if (s.n_past > (llama_pos) id.n_ctx_seq) {
             fail(format("the state has %d tokens, this context has room for %u", s.n_past, id.n_ctx_seq));
         }
+        if (s.n_past < 0 || s.n_used > (uint32_t) s.n_past || s.stream.n_moved > s.n_used || s.stream.floor < 0 ||
+            s.stream.floor > s.n_past) {
+            fail("the state is damaged");
+        }
     }
 }
 
@@ -383,9 +392,14 @@ void llama_edgekv_state_read(llama_context & ctx, llama_io_read_i & io, llama_se
     }
     check_sequences(head, *evict);
 
-    std::vector<uint8_t> payload(head.n_payload);
+    // piece by piece: what is not there is not allocated, whatever the head says
+    std::vector<uint8_t> payload;
     uint64_t checksum;
-    read(payload.data(), payload.size());
+    while (payload.size() < head.n_payload) {
+        const size_t had = payload.size();
+        payload.resize((size_t) std::min<uint64_t>(head.n_payload, had + MAX_PIECE));
+        read(payload.data() + had, payload.size() - had);
+    }
     read(&checksum, sizeof(checksum));
     if (checksum != llama_edgekv_hash(0, payload.data(), payload.size())) {
         fail("the state is damaged: its checksum does not match");
@@ -401,6 +415,12 @@ void llama_edgekv_state_read(llama_context & ctx, llama_io_read_i & io, llama_se
     try {
         io_memory in(payload);
         memory->state_read(in, seq_id, flags);
+        for (size_t i = 0; i < head.sequences.size(); ++i) {
+            const uint32_t strm = whole ? (uint32_t) i : (uint32_t) seq_id;
+            if (evict->n_used(strm) != head.sequences[i].n_used || evict->n_past(strm) != head.sequences[i].n_past) {
+                throw std::runtime_error("it has other tokens than it says");
+            }
+        }
     } catch (const std::exception & err) {
         if (whole) {
             memory->clear(true);

@@ -175,6 +175,16 @@ void save(int id_slot, server_prompt & prompt, const llama_edgekv_sequence & seq
     all.push_back(std::move(c));
 }
 
+// one slot in the figures of all
+struct slot_figures {
+    llama_edgekv_sequence seq = {};
+
+    size_t n_checkpoints    = 0;
+    size_t checkpoint_bytes = 0;
+};
+
+void publish(const llama_edgekv_stats & all, const std::vector<slot_figures> & slots);
+
 } // namespace
 
 // --- start ----------------------------------------------------------------------------------------------------------
@@ -187,13 +197,14 @@ void edgekv_server_defaults(common_params & params) {
     }
     if (params.n_parallel < 0) { // stock's choice would come with a unified cache
         params.n_parallel = 4;
-        params.kv_unified = false;
     }
     if (!evicts) {
         return;
     }
     // evictions happen between ubatches, and nobody could keep the state between two of one decode
-    params.n_batch = std::min(params.n_batch, params.n_ubatch);
+    if (params.n_ubatch > 0) { // else it is the batch
+        params.n_batch = std::min(params.n_batch, params.n_ubatch);
+    }
 
     // one half of --cache-ram for prompts, one for checkpoints
     const int64_t limit = params.cache_ram_mib < 0 ? 8192 : params.cache_ram_mib;
@@ -219,7 +230,8 @@ void edgekv_server_attach(llama_context * ctx, const common_params & params) {
     s.n_slots   = params.n_parallel;
     s.n_ctx     = (int32_t) llama_n_ctx_seq(ctx);
 
-    s.checkpoint_bytes = g_cache_ram_checkpoints/std::max(1, s.n_slots);
+    // a single slot with more than half could not go to the prompt cache, which counts its checkpoints too
+    s.checkpoint_bytes = g_cache_ram_checkpoints/std::max(2, s.n_slots);
     s.checkpoint_count = std::max(0, params.n_ctx_checkpoints);
 
     s.slots.assign(s.n_slots, {});
@@ -236,6 +248,7 @@ void edgekv_server_detach() {
     auto & s = self();
     if (s.ctx && edgekv_enabled()) {
         s.before += counts(stats(-1));
+        publish({}, std::vector<slot_figures>(s.n_slots)); // a server that sleeps has no cache
     }
     s.ctx = nullptr;
 }
@@ -250,8 +263,10 @@ static uint32_t room() {
     return self().how.budget - self().how.window;
 }
 
+// what a request wants pinned, and the BOS token, which nobody counts, if there is room for it
 static uint32_t pinned(const server_task & task) {
-    return task.params.n_keep + (llama_vocab_get_add_bos(llama_model_get_vocab(llama_get_model(self().ctx))) ? 1 : 0);
+    const bool bos = llama_vocab_get_add_bos(llama_model_get_vocab(llama_get_model(self().ctx)));
+    return (uint32_t) std::min<int64_t>((int64_t) task.params.n_keep + bos, room());
 }
 
 std::string edgekv_refusal(const server_task & task) {
@@ -261,9 +276,9 @@ std::string edgekv_refusal(const server_task & task) {
     if (task.params.n_keep < 0) {
         return "n_keep: -1 would keep the whole prompt; say how many of its first tokens to keep";
     }
-    if (task.params.n_keep > 0 && pinned(task) > room()) {
-        return string_format("n_keep: %u tokens and the window of %u exceed the budget of %u",
-                pinned(task), self().how.window, self().how.budget);
+    if (task.params.n_keep > 0 && (uint32_t) task.params.n_keep > room()) {
+        return string_format("n_keep: %d tokens and the window of %u exceed the budget of %u",
+                task.params.n_keep, self().how.window, self().how.budget);
     }
     return "";
 }
@@ -342,10 +357,10 @@ int edgekv_begin(int id_slot, server_prompt & prompt, const server_task & task, 
         trace({{"keep", (int) keep}, {"slot", id_slot}});
     }
 
-    // where a question behind a document may begin, where the message does, and where the answer
+    // where another conversation may part, where the message begins, where a question behind a document may, and the answer
     seq = sequence(id_slot);
     const int answer = task.n_tokens() - 1;
-    for (const int b : { (int) places.message, task.n_tokens() - s.n_ubatch, answer }) {
+    for (const int b : { (int) places.system, (int) places.message, task.n_tokens() - s.n_ubatch, answer }) {
         const bool covered = std::any_of(prompt.checkpoints.begin(), prompt.checkpoints.end(),
             [&](const common_prompt_checkpoint & c) { return c.pos_min <= seq.floor && reach(c, b) == b; });
         if (b > 0 && (b > n || b == answer) && !covered) {
@@ -355,6 +370,14 @@ int edgekv_begin(int id_slot, server_prompt & prompt, const server_task & task, 
 
     slot.evictions = seq.n_evictions; // a restored state has its own
     return n;
+}
+
+void edgekv_copied(int id_slot, int to) {
+    auto & s = self();
+    if (edgekv_enabled()) {
+        s.slots[to] = s.slots[id_slot];
+    }
+    trace({{"copy", id_slot}, {"slot", to}});
 }
 
 bool edgekv_is_boundary(int id_slot, int n_tokens) {
@@ -452,6 +475,30 @@ edgekv_chat_places edgekv_count_places(const json & data, const llama_vocab * vo
     return res;
 }
 
+void edgekv_force_named_tool(json & body) {
+    if (!body.contains("tool_choice") || !body.at("tool_choice").is_object()) {
+        return;
+    }
+    const json & choice   = body.at("tool_choice");
+    const json   function = json_value(choice, "function", json::object());
+    const auto   name     = json_value(function, "name", std::string());
+    if (json_value(choice, "type", std::string()) != "function" || name.empty()) {
+        throw std::invalid_argument("tool_choice: give auto, none, required, or "
+                                    "{\"type\": \"function\", \"function\": {\"name\": ...}}");
+    }
+    json left = json::array();
+    for (const json & tool : json_value(body, "tools", json::array())) {
+        if (json_value(json_value(tool, "function", json::object()), "name", std::string()) == name) {
+            left.push_back(tool);
+        }
+    }
+    if (left.empty()) {
+        throw std::invalid_argument("tool_choice: there is no tool named " + name);
+    }
+    body["tools"]       = std::move(left);
+    body["tool_choice"] = "required";
+}
+
 // --- figures --------------------------------------------------------------------------------------------------------
 
 static double read_per_step(const counts & c, double cells_used) {
@@ -504,30 +551,39 @@ void edgekv_snapshot(bool now, const std::function<const server_prompt &(int)> &
     }
     s.t_snapshot = t;
 
-    const auto all = stats(-1);
+    std::vector<slot_figures> slots;
+    for (int i = 0; i < s.n_slots; ++i) {
+        slots.push_back({ sequence(i), prompt(i).checkpoints.size(), bytes(prompt(i)) });
+    }
+    publish(stats(-1), slots);
+}
+
+namespace {
+
+void publish(const llama_edgekv_stats & all, const std::vector<slot_figures> & slots) {
+    auto & s = self();
+
     counts sum = s.before;
     sum += counts(all);
 
-    json slots = json::array();
+    json list = json::array();
     size_t n_checkpoints = 0;
     size_t n_bytes       = 0;
-    for (int i = 0; i < s.n_slots; ++i) {
-        const auto   seq  = sequence(i);
-        const size_t size = bytes(prompt(i));
-        slots.push_back({
-            {"id",               i},
+    for (const auto & slot : slots) {
+        list.push_back({
+            {"id",               list.size()},
             {"n_ctx",            s.n_ctx},
-            {"tokens_seen",      seq.tokens_seen},
-            {"cells_used",       seq.cells_used},
-            {"cells_allocated",  seq.cells_allocated},
-            {"floor",            seq.floor},
-            {"keep",             seq.n_keep},
-            {"evictions",        seq.n_evictions},
-            {"checkpoints",      prompt(i).checkpoints.size()},
-            {"checkpoint_bytes", size},
+            {"tokens_seen",      slot.seq.tokens_seen},
+            {"cells_used",       slot.seq.cells_used},
+            {"cells_allocated",  slot.seq.cells_allocated},
+            {"floor",            slot.seq.floor},
+            {"keep",             slot.seq.n_keep},
+            {"evictions",        slot.seq.n_evictions},
+            {"checkpoints",      slot.n_checkpoints},
+            {"checkpoint_bytes", slot.checkpoint_bytes},
         });
-        n_checkpoints += prompt(i).checkpoints.size();
-        n_bytes       += size;
+        n_checkpoints += slot.n_checkpoints;
+        n_bytes       += slot.checkpoint_bytes;
     }
 
     struct item {
@@ -569,7 +625,7 @@ void edgekv_snapshot(bool now, const std::function<const server_prompt &(int)> &
         metrics += name + " " + totals[it.name].dump() + "\n";
     }
 
-    json res = {{"enabled", true}, {"eviction", nullptr}, {"selection", nullptr}, {"slots", slots}, {"totals", totals}};
+    json res = {{"enabled", true}, {"eviction", nullptr}, {"selection", nullptr}, {"slots", list}, {"totals", totals}};
     if (s.evicts) {
         res["eviction"] = json::object({
             {"policy", s.how.policy}, {"budget", s.how.budget}, {"window", s.how.window},
@@ -586,6 +642,8 @@ void edgekv_snapshot(bool now, const std::function<const server_prompt &(int)> &
     g_snapshot = std::move(res);
     g_metrics  = std::move(metrics);
 }
+
+} // namespace
 
 json edgekv_json() {
     std::lock_guard<std::mutex> lock(g_mutex);
@@ -616,12 +674,12 @@ void edgekv_trace_cut(int id_slot, int n_tokens) {
 
 void edgekv_trace_state(int id_slot, const server_prompt_cache_state * where, bool saved) {
     auto & s = self();
+    if (!s.trace.is_open()) {
+        return;
+    }
     if (saved) {
         s.saved[where] = s.n_saved++;
     }
     trace({{saved ? "save" : "restore", s.saved[where]}, {"slot", id_slot}});
 }
 
-void edgekv_trace_copy(int id_slot, int to) {
-    trace({{"copy", id_slot}, {"slot", to}});
-}

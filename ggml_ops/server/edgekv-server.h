@@ -10,7 +10,7 @@
 //     pos_min:  its floor: it can be cut back to any place from here on
 //     pos_max:  tokens in the state
 //
-// All functions run on the server's main thread, but for those that say otherwise. Nothing here throws.
+// All functions run on the server's main thread, and none throws, but for those that say otherwise.
 
 #include "edgekv-figures.h"
 #include "server-common.h"
@@ -42,6 +42,9 @@ std::string edgekv_refusal(const server_task & task);
 // of them, always fewer than the request has. Remembers where somebody may want to come back to, and what to pin.
 int edgekv_begin(int id_slot, server_prompt & prompt, const server_task & task, int n_shared);
 
+// a slot got another one's sequence, prompt and request: several answers to one prompt
+void edgekv_copied(int id_slot, int to);
+
 // whether a batch has to end behind so many tokens of the slot's prompt
 bool edgekv_is_boundary(int id_slot, int n_tokens);
 
@@ -52,6 +55,10 @@ void edgekv_before_decode(int id_slot, server_prompt & prompt, int n_new);
 edgekv_chat_places edgekv_find_places(const common_chat_templates * templates, const common_chat_templates_inputs & inputs,
         const std::string & prompt);
 edgekv_chat_places edgekv_count_places(const json & data, const llama_vocab * vocab, const server_tokens & tokens);
+
+// OpenAI's way to ask for one tool, which stock takes for "auto": only that tool is left, and a call is required. By any
+// thread. Throws std::invalid_argument if there is no such tool.
+void edgekv_force_named_tool(json & body);
 
 // the figures of the slot's request so far
 edgekv_figures edgekv_request(int id_slot);
@@ -66,5 +73,4 @@ std::string edgekv_metrics();
 // EDGEKV_TRACE=FILE: one JSON line per event, so that a test can lead another context through the same batches
 void edgekv_trace_decode(const common_batch & batch);
 void edgekv_trace_cut   (int id_slot, int n_tokens);
-void edgekv_trace_copy  (int id_slot, int to);
 void edgekv_trace_state (int id_slot, const server_prompt_cache_state * where, bool saved); // to the prompt cache, or from it
