@@ -147,6 +147,14 @@ def test_no_memory_for_a_checkpoint(plain, monkeypatch):
     assert said and said[0] == "a checkpoint could not be made: out of memory"
 
 
+def test_a_state_beyond_the_limit_is_not_even_copied(plain, monkeypatch):
+    """It would be a second cache for a moment, where memory may be what is short."""
+    llama = Recorded(plain, **OPTIONS)
+    llama.checkpoints.limit = 1000
+    monkeypatch.setattr("edgekv.native.save_state", lambda ctx: pytest.fail("copied"))
+    assert answer(llama, text(300), 100) and not len(llama.checkpoints)
+
+
 @st.composite
 def lives(draw):
     """Prompts that share beginnings of any length, with answers of any length between them."""

@@ -52,6 +52,13 @@ def test_auto_bounds_the_cache_by_free_memory(model, plain, monkeypatch):
     r = edgekv("run", model, "-p", "question", *RUN)
     assert r.exit_code == 0 and "500 tokens are kept" in r.stderr and "of 768 cells used" in r.stderr
 
+    # checkpoints want room too
+    monkeypatch.setattr("edgekv.memory.available_bytes", lambda: size + (500 + 64) * per_token * 5 // 4 + (1 << 20))
+    r = edgekv("run", model, "-p", "question", *RUN, "-c", 4096, "-cram", 1)
+    assert r.exit_code == 0 and "500 tokens are kept" in r.stderr
+    # a smaller batch makes the ubatch smaller, and leaves more for the cache
+    assert "532 tokens are kept" in edgekv("run", model, "-p", "x", *RUN, "-c", 4096, "-cram", 1, "-b", 32).stderr
+
     monkeypatch.setattr("edgekv.memory.available_bytes", lambda: 1000)
     fails("1000 B of free memory are not enough", "run", model, "-p", "x", *RUN)
     monkeypatch.setattr("edgekv.memory.available_bytes", lambda: None)
