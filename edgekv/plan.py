@@ -541,38 +541,43 @@ def _scratch(layer: Layer, s: Setting, cells: int) -> tuple[int, int]:
     return kept, used
 
 
-def _moments(model: Model, s: Setting, cells: int, window_cells: int) -> tuple[int, int, int, int]:
-    """Bytes of activations while a full ubatch is computed: the masks, and beside them what attention and feed-forward
-    hold at most; the logits, when the masks are gone."""
+def _moments(model: Model, s: Setting, cells: int, window_cells: int, layers: Sequence[Layer]) -> tuple[int, int, int]:
+    """Bytes of activations while a full ubatch goes through these layers: the masks, and beside them what attention and
+    feed-forward hold at most."""
     t = 4 * s.ubatch  # bytes of a channel
-    layers = [layer for layer in model.layers if layer.kind != "none"]
-    q = max(layer.head_k for layer in layers) * model.n_head
-    kv = max(layer.k_width + layer.v_width for layer in layers)
+    layers = [layer for layer in layers if layer.kind != "none"]
+    q = max((layer.head_k for layer in layers), default=0) * model.n_head
+    kv = max((layer.k_width + layer.v_width for layer in layers), default=0)
     used = [n for n, kind in ((cells, "full"), (window_cells, "window")) if any(layer.kind == kind for layer in layers)]
     masks = s.ubatch * sum(used) * (2 if s.flash_attn else 4)
     attention = t * (3 * q + kv)
     if not s.flash_attn:
-        attention += t * model.n_head * max(used)
-    elif s.type_k == "f32" or s.type_v == "f32":  # cast for every layer anew
+        attention += t * model.n_head * max(used, default=0)
+    elif layers and "f32" in (s.type_k, s.type_v):  # cast for every layer anew
         attention += 2 * max(used) * s.n_seq * sum(
             max(width) for width, name in (([x.k_width for x in layers], s.type_k), ([x.v_width for x in layers], s.type_v))
             if name == "f32")
     forward = t * max(3 * model.n_ff + q, 2 * model.n_expert_used * model.n_embd - 3 * model.n_embd,
                       model.n_mixer - 3 * model.n_embd)
-    return masks, attention, forward, t * model.n_vocab
+    return masks, attention, forward
 
 
 def _compute(model: Model, s: Setting, cells: int, window_cells: int, n_gpu: int) -> tuple[int, int]:
     """Compute buffers of the GPU and of main memory."""
     e = 4 * s.ubatch * model.n_embd
-    masks, attention, forward, logits = _moments(model, s, cells, window_cells)
+    logits = 4 * s.ubatch * model.n_vocab
+    first = len(model.layers) + 1 - n_gpu
+    # the masks are made in main memory, wherever the layers are
+    masks, *_ = _moments(model, s, cells, window_cells, model.layers)
+    _, attention, forward = _moments(model, s, cells, window_cells, model.layers[:first])
     here = masks + max(attention + 2 * e, forward + 3 * e)
     if n_gpu == 0:
         return 0, max(here, logits + 3 * e)
     there = logits + e
     if n_gpu > 1:
-        there = max(there, masks + max(attention + e, forward + 2 * e))
-    return there, masks + 2 * e if n_gpu > len(model.layers) else here
+        masks_there, attention, forward = _moments(model, s, cells, window_cells, model.layers[first:])
+        there = max(there, masks_there + max(attention + e, forward + 2 * e))
+    return there, here if first > 0 else masks + 2 * e
 
 
 # --- machines --------------------------------------------------------------------------------------------------------

@@ -155,8 +155,7 @@ def memory_bars(rows: Sequence[tuple[str, Mapping[str, int]]], path: str | os.Pa
         axes.set_xlabel("GiB")
         if room is not None:
             axes.axvline(room / gib, color="0.25", lw=1.2, ls="--", label=f"room on {machine}")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.75 / (0.42 * len(rows) + 0.4)), ncols=len(parts) + 1,
-                    frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=len(parts) + 1, frameon=False, fontsize=8)
         _save(figure, path)
 
 
