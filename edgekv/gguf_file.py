@@ -256,8 +256,8 @@ class GGUF:
     (the metadata: those of the first part), ``tensors`` (name -> :class:`Tensor`, of all parts, in their order).
 
     Raises :class:`EdgekvError`, naming the file, if one cannot be read, is no GGUF, is truncated or contradicts itself,
-    if a part is missing or is not of this model, or if the path is that of a later part. With ``header_only`` files may end
-    behind their headers: then their tensors must not be read.
+    if a part is missing or is not of this model, or if the path is that of a later part. With ``header_only`` files may
+    end behind their headers: then their tensors must not be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], header_only: bool = False):

@@ -57,13 +57,14 @@ _NO_WINDOWS = {"phi3"}  # llama.cpp ignores the header's
 
 _ENCODERS = {
     "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert",
-    "gemma-embedding", "t5", "t5encoder", "llama-embed", "dream", "llada", "llada-moe", "rnd1", "wavtokenizer-dec", "clip",
+    "gemma-embedding", "t5", "t5encoder", "llama-embed", "dream", "llada", "llada-moe", "rnd1", "wavtokenizer-dec",
+    "clip",
 }
 _RECURRENT = {"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"}
 # latent attention, indexers, several caches, drafts of another model
 _OTHER_CACHES = {
-    "minimax-m3", "minimax-01", "glm-dsa", "deepseek32", "deepseek4", "glm5-next", "hy_v4", "dots3note", "dflash", "eagle3",
-    "qwen4exp", "kimi-linear", "kimi-k3", "bailingmoe3", "gemma4-assistant",
+    "minimax-m3", "minimax-01", "glm-dsa", "deepseek32", "deepseek4", "glm5-next", "hy_v4", "dots3note", "dflash",
+    "eagle3", "qwen4exp", "kimi-linear", "kimi-k3", "bailingmoe3", "gemma4-assistant",
 }
 _HYBRIDS = {"jamba", "falcon-h1", "plamo2", "granitehybrid", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe",
             "qwen3next", "qwen35", "qwen35moe"}
@@ -110,8 +111,8 @@ class Model:
         layers: all of them, in order.
         v_width_max: channels of V in the widest layer; without flash attention all layers with a cache have as many.
         window: tokens of the sliding window, 0 without one.
-        n_head, n_embd, n_ff, n_vocab: widths of activations, the largest over the layers. ``n_ff`` of mixtures counts the
-            experts that one token uses, ``n_expert_used`` says how many these are.
+        n_head, n_embd, n_ff, n_vocab: widths of activations, the largest over the layers. ``n_ff`` of mixtures counts
+            the experts that one token uses, ``n_expert_used`` says how many these are.
         n_mixer: channels that a recurrent layer has at once, 0 without such layers.
         input_bytes: tensors that always stay in main memory. output_bytes: those of the output.
         tied_bytes: of the embeddings, if they are the output too: a GPU gets a copy.
@@ -158,11 +159,11 @@ def read_model(gguf: GGUF) -> Model:
     """
     arch, bad = gguf.architecture, lambda why: EdgekvError(f"{gguf.path}: {why}")
     if arch in _ENCODERS or gguf.get(f"{arch}.attention.causal") is False:
-        raise bad(f"is an encoder or a diffusion model ({arch}): it writes no text token by token and keeps no KV cache")
+        raise bad(f"is an encoder or a diffusion model ({arch}): it writes no text token by token, without a KV cache")
     if arch in _RECURRENT:
         raise bad(f"is a recurrent model ({arch}): it has no KV cache, its memory does not grow with the context")
     if arch in _OTHER_CACHES or _number(gguf, f"{arch}.attention.key_length_mla", 0):
-        raise bad(f"has latent or sparse attention, or a cache of its own kind ({arch}), which a plan cannot be made for")
+        raise bad(f"has latent or sparse attention, or a cache of its own kind ({arch}): no plan can be made for it")
 
     n_layer = gguf.n_layer
     drafts = min(_number(gguf, f"{arch}.nextn_predict_layers", 0), n_layer - 1)
@@ -179,7 +180,8 @@ def read_model(gguf: GGUF) -> Model:
     for il in range(n_layer):
         w = windowed[il]
         kind = "none" if not own[il] or not gguf.head_count_kv[il] else "window" if w else "full"
-        layers.append(Layer(kind, gguf.head_count_kv[il], head_k[w], head_v[w], states if recurrent[il] else 0, weights[il]))
+        state = states if recurrent[il] else 0
+        layers.append(Layer(kind, gguf.head_count_kv[il], head_k[w], head_v[w], state, weights[il]))
     if not any(layer.kind != "none" and layer.k_width for layer in layers):
         raise bad("has no layer with a KV cache")
     if not any(layer.kind == "window" for layer in layers):
@@ -196,10 +198,11 @@ def read_model(gguf: GGUF) -> Model:
         n_ff = max(n_ff, n_used * max(_list(gguf, f"{arch}.expert_feed_forward_length", n_ff)))
 
     no_evict, no_select = _refusals(gguf, layers)
+    n_mixer = _mixer_width(gguf) if any(recurrent) else 0
     return Model(
         gguf.path, gguf.name, arch, gguf.context_length, tuple(layers), max(layer.v_width for layer in layers), window,
-        max(gguf.head_count), gguf.embedding_length, n_ff, n_used, output.shape[-1], _mixer_width(gguf) if any(recurrent) else 0,
-        inputs, outputs, tied, no_evict, no_select, tuple(notes))
+        max(gguf.head_count), gguf.embedding_length, n_ff, n_used, output.shape[-1], n_mixer, inputs, outputs, tied,
+        no_evict, no_select, tuple(notes))
 
 
 def _number(gguf: GGUF, key: str, default: int) -> int:
@@ -241,7 +244,8 @@ def _windows(gguf: GGUF, n_layer: int, notes: list[str]) -> tuple[list[bool], in
         return none, 0
     if arch not in _WINDOWS:
         if _number(gguf, key, 0):
-            notes.append(f"the header names a sliding window, but not for which layers of {arch}: all are counted as full")
+            notes.append(f"the header names a sliding window, but not for which layers of {arch}: all are counted "
+                         "as full")
         return none, 0
     period, dense_first, default = _WINDOWS[arch]
     if arch == "exaone4" and n_layer != 64:
@@ -306,7 +310,8 @@ def _state_bytes(gguf: GGUF) -> int:
 
 def _mixer_width(gguf: GGUF) -> int:
     arch = gguf.architecture
-    inner, state, groups = (_number(gguf, f"{arch}.ssm.{key}", 0) for key in ("inner_size", "state_size", "group_count"))
+    inner, state, groups = (_number(gguf, f"{arch}.ssm.{key}", 0)
+                            for key in ("inner_size", "state_size", "group_count"))
     return 7 * gguf.embedding_length if f"{arch}.shortconv.l_cache" in gguf else 5 * inner + 4 * groups * state
 
 
@@ -361,7 +366,7 @@ class Setting:
         n_ctx: tokens of context, of all sequences together; each has its share.
         n_seq: sequences (slots of a server).
         policy, budget: eviction; ``none`` and 0 without.
-        page_size: of the summaries of ``--kv-select quest``, 0 without; dense_layers: the first layers, without summaries.
+        page_size: of the summaries of ``--kv-select quest``, 0 without. dense_layers: the first layers, without them.
         swa_full: layers with sliding windows keep the whole context, as in the bindings where nothing is evicted; the
             server keeps windows.
         n_gpu_layers: layers on the GPU, the last ones, and before any of them the output.
@@ -515,7 +520,7 @@ def _unfit(model: Model, s: Setting) -> str:
                               ("-ctv", s.type_v, {layer.head_v for layer in model.layers if layer.kind != "none"})):
         for head in heads:
             if head % _BLOCKS[name][0]:
-                return f"{flag} {name} does not go with heads of {head} channels; take a type with smaller blocks, or f16"
+                return f"{flag} {name} does not go with heads of {head} channels; a type with smaller blocks does"
     if not s.flash_attn and s.type_v not in FLOAT_TYPES:
         return f"-ctv {s.type_v}: a quantised V needs flash attention, drop -fa off"
     if s.policy != "none" and model.no_evict:
@@ -554,9 +559,9 @@ def _moments(model: Model, s: Setting, cells: int, window_cells: int, layers: Se
     if not s.flash_attn:
         attention += t * model.n_head * max(used, default=0)
     elif layers and "f32" in (s.type_k, s.type_v):  # cast for every layer anew
-        attention += 2 * max(used) * s.n_seq * sum(
-            max(width) for width, name in (([x.k_width for x in layers], s.type_k), ([x.v_width for x in layers], s.type_v))
-            if name == "f32")
+        widths = [max(x.k_width for x in layers)] if s.type_k == "f32" else []
+        widths += [max(x.v_width for x in layers)] if s.type_v == "f32" else []
+        attention += 2 * max(used) * s.n_seq * sum(widths)
     forward = t * max(3 * model.n_ff + q, 2 * model.n_expert_used * model.n_embd - 3 * model.n_embd,
                       model.n_mixer - 3 * model.n_embd)
     return masks, attention, forward
@@ -649,7 +654,8 @@ def find_device(text: str) -> Device:
 
 def _plain(name: str) -> str:
     words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
-    return "".join(w for w in words if w not in ("nvidia", "geforce", "amd", "radeon", "intel", "arc", "apple", "jetson"))
+    makers = {"nvidia", "geforce", "amd", "radeon", "intel", "arc", "apple", "jetson"}
+    return "".join(word for word in words if word not in makers)
 
 
 # --- what fits -------------------------------------------------------------------------------------------------------
@@ -699,8 +705,8 @@ def propose(model: Model, caches: Sequence[Setting], device: Device, leave: int 
             policy: str = DEFAULT_POLICY) -> list[Proposal]:
     """The best setting that fits ``device``, and the other way if there is one.
 
-    A cache that loses nothing or little goes first: docs/quality.md. So the full cache in the first type that fits; else
-    the last type, evicted to the largest budget that fits. The alternative to that is to leave layers to the CPU.
+    A cache that loses nothing or little goes first: docs/quality.md. So the full cache in the first type that fits;
+    else the last type, evicted to the largest budget that fits. The alternative to that is to leave layers to the CPU.
 
     Args:
         caches: settings with the full cache, the most exact first; all layers on the GPU.
@@ -746,7 +752,7 @@ def _gib(n: int) -> str:
 
 
 def flags(setting: Setting, *, server: bool = False) -> list[str]:
-    """The options of ``edgekv run`` (or ``serve``) that make a setting; those that have these values anyway are left out."""
+    """The options of ``edgekv run`` (or ``serve``) that make a setting, but for defaults."""
     s = setting
     result = ["-c", str(s.n_ctx), "-ngl", str(s.n_gpu_layers)]
     if server:

@@ -129,8 +129,8 @@ def _some(n: int, cell: float) -> np.ndarray:
 
 def memory_bars(rows: Sequence[tuple[str, Mapping[str, int]]], path: str | os.PathLike[str], title: str,
                 room: int | None = None, machine: str = "") -> None:
-    """Write a bar per row, of the parts that it is made of in bytes, as PNG or SVG; a line at ``room`` bytes, which is what
-    ``machine`` has. The parts are the same in all rows. EdgekvError if the file cannot be written."""
+    """Write a bar per row, of the parts that it is made of in bytes, as PNG or SVG; a line at ``room`` bytes, which is
+    what ``machine`` has. The parts are the same in all rows. EdgekvError if the file cannot be written."""
     check(path)
     from matplotlib.figure import Figure
 

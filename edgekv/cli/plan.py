@@ -35,8 +35,8 @@ MAX_CTX = 2**31 - 1
               help="Type of V in the cache [default: as -ctk; with it f16].")
 @click.option("-fa", "--flash-attn", type=click.Choice(("on", "off", "auto")), default="auto", show_default=True,
               help="Flash attention. auto: on a GPU and for quantised V.")
-@click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=1, max=1 << 20), default=512, show_default=True,
-              metavar="N", help="Tokens computed at once.")
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=1, max=1 << 20), default=512,
+              show_default=True, metavar="N", help="Tokens computed at once.")
 @click.option("--kv-evict", type=click.Choice(("auto", *POLICIES)), default="auto", show_default=True,
               help=f"Eviction policy; auto: {DEFAULT_POLICY}. none proposes no eviction.")
 @click.option("--kv-budget", metavar="N|xN|SIZE",
@@ -44,7 +44,8 @@ MAX_CTX = 2**31 - 1
 @click.option("--kv-select", type=click.Choice(SELECTIONS), default="none", show_default=True,
               help="quest: every row with the summaries of its pages.")
 @click.option("--kv-page-size", type=click.Choice([str(n) for n in PAGE_SIZES]), help="Tokens per page [default: 16].")
-@click.option("--kv-dense-layers", type=click.IntRange(min=0), metavar="N", help="First layers without pages [default: 2].")
+@click.option("--kv-dense-layers", type=click.IntRange(min=0), metavar="N",
+              help="First layers without pages [default: 2].")
 @click.option("-fitt", "--fit-target", type=click.IntRange(min=0), metavar="MIB",
               help="What stays free [default: 1024 of a card, a quarter of memory that the system shares].")
 @click.option("--plot", metavar="FILE", type=click.Path(), help="Write the table as bars (.png or .svg).")
@@ -80,7 +81,8 @@ class _Plan:
         self.model, self.device, self.leave, self.server = model, device, leave, n_parallel is not None
         self.policy = DEFAULT_POLICY if kv_evict == "auto" else kv_evict
         if self.policy == "none" and kv_budget is not None:
-            raise EdgekvError("--kv-budget says what an eviction keeps, but --kv-evict none evicts nothing: drop one of them")
+            raise EdgekvError("--kv-budget says what an eviction keeps, but --kv-evict none evicts nothing: drop "
+                              "one of them")
         if model.no_evict and (kv_evict not in ("auto", "none") or kv_budget is not None):
             raise EdgekvError(f"{model.path}: the cache cannot be evicted from: {model.no_evict}; --kv-evict none")
         if model.no_evict:
@@ -114,11 +116,11 @@ class _Plan:
                     raise
                 self.notes.append(str(error).removeprefix(f"{model.path}: "))
         if n_ctx // base.n_seq > model.n_ctx_train > 0:
-            self.notes.append(f"{n_ctx // base.n_seq:,} tokens are more than the {model.n_ctx_train:,} that the model was "
-                              "trained on")
+            self.notes.append(f"{n_ctx // base.n_seq:,} tokens are more than the {model.n_ctx_train:,} that the model "
+                              "was trained on")
         if model.window and not self.server:
-            self.notes.append("edgekv run and chat let layers with a sliding window keep the whole context while nothing is "
-                              "evicted; edgekv serve (-np) keeps the window only")
+            self.notes.append("edgekv run and chat let layers with a sliding window keep the whole context while "
+                              "nothing is evicted; edgekv serve (-np) keeps the window only")
         if model.no_evict:
             self.notes.append(f"the cache cannot be evicted from: {model.no_evict}")
 
@@ -189,13 +191,14 @@ class _Plan:
         text += self._rows() + "\n"
         split = any(found.device.total for found in self.found)
         if split and not (self.device and self.device.kind == "unified"):
-            text += f"The columns are the GPU's memory; main memory takes {format_bytes(self.found[0].host.total)} in the first row.\n"
+            host = format_bytes(self.found[0].host.total)
+            text += f"The columns are the GPU's memory; main memory takes {host} in the first row.\n"
         if self.device is None and self.compare:
             text += "\n" + self._machines()
         elif self.device is not None:
             room = self.device.room(self.leave)
-            text += (f"{self.device.title}: {format_bytes(self.device.memory)}, of which {format_bytes(room)} may be filled "
-                     "(--fit-target says what stays free)\n")
+            text += (f"{self.device.title}: {format_bytes(self.device.memory)}, of which {format_bytes(room)} may be "
+                     "filled (--fit-target says what stays free)\n")
         for i, p in enumerate(self.proposals):
             text += f"\n{'or' if i else 'proposed'}: {p.why} ({format_bytes(self.device.needs(p.memory))})\n"
             text += f"    {self.command(p.setting)}\n" if p.fits else ""
@@ -241,7 +244,8 @@ class _Plan:
         machines = [self.device] if self.device is not None else library.devices() if self.compare else []
         return {
             "model": {"path": str(m.path), "name": m.name, "architecture": m.architecture, "n_layer": len(m.layers),
-                      "weight_bytes": m.weight_bytes, "context_length": m.n_ctx_train, "sliding_window": m.window or None,
+                      "weight_bytes": m.weight_bytes, "context_length": m.n_ctx_train,
+                      "sliding_window": m.window or None,
                       "window_layers": [i for i, layer in enumerate(m.layers) if layer.kind == "window"]},
             "settings": [self._row_json(s, found) for s, found in zip(self.rows, self.found)],
             "devices": [
