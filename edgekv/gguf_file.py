@@ -104,10 +104,12 @@ class Part:
     ``infos_end``, ``data_offset`` (all from the start of the file).
 
     Raises :class:`EdgekvError`, naming the file, if it cannot be read, is no GGUF, is truncated or contradicts itself.
+    With ``header_only`` the tensors' data may be missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], missing: str = "no such file"):
+    def __init__(self, path: str | os.PathLike[str], missing: str = "no such file", header_only: bool = False):
         self.path = Path(path)
+        self.header_only = header_only
         if self.path.is_dir():
             raise EdgekvError(f"{self.path}: is a folder; pass a .gguf file")
         try:
@@ -241,7 +243,7 @@ class Part:
             if n % block or (shape and shape[0] % block) or offset % self.alignment or name in self.tensors:
                 raise self._bad(f"damaged GGUF file: the description of tensor {name!r} makes no sense")
             tensor = Tensor(name, ttype, shape, self.path, self.data_offset + offset, n // block * block_bytes)
-            if tensor.offset + tensor.nbytes > self.size:
+            if tensor.offset + tensor.nbytes > self.size and not self.header_only:
                 raise self._bad(f"truncated GGUF file: tensor {name!r} ends {tensor.offset + tensor.nbytes - self.size}"
                                 " bytes behind the end of the file; fetch it again")
             self.tensors[name] = tensor
@@ -254,11 +256,12 @@ class GGUF:
     (the metadata: those of the first part), ``tensors`` (name -> :class:`Tensor`, of all parts, in their order).
 
     Raises :class:`EdgekvError`, naming the file, if one cannot be read, is no GGUF, is truncated or contradicts itself,
-    if a part is missing or is not of this model, or if the path is that of a later part.
+    if a part is missing or is not of this model, or if the path is that of a later part. With ``header_only`` files may
+    end behind their headers: then their tensors must not be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        first = Part(path)
+    def __init__(self, path: str | os.PathLike[str], header_only: bool = False):
+        first = Part(path, header_only=header_only)
         self.parts, self.path, self.fields = [first], first.path, first.fields
         self.tensors = dict(first.tensors)
         index, count, total = _split_numbers(first)
@@ -284,7 +287,8 @@ class GGUF:
 
         for number in range(2, count + 1):
             place = f"part {number} of {count} of {self.path.name}"
-            part = Part(part_path(self.path, named[0], number, count), f"no such file; it is {place}: fetch it too")
+            part = Part(part_path(self.path, named[0], number, count), f"no such file; it is {place}: fetch it too",
+                        self.parts[0].header_only)
             if _split_numbers(part) != [number - 1, count, total]:
                 raise part._bad(f"is not {place}: its split.no, split.count and split.tensors.count say otherwise; "
                                 "fetch the parts again")

@@ -127,6 +127,38 @@ def _some(n: int, cell: float) -> np.ndarray:
     return np.arange(0, n, max(1, -(-0.24 // cell)), dtype=int)
 
 
+def memory_bars(rows: Sequence[tuple[str, Mapping[str, int]]], path: str | os.PathLike[str], title: str,
+                room: int | None = None, machine: str = "") -> None:
+    """Write a bar per row, of the parts that it is made of in bytes, as PNG or SVG; a line at ``room`` bytes, which is
+    what ``machine`` has. The parts are the same in all rows. EdgekvError if the file cannot be written."""
+    check(path)
+    from matplotlib.figure import Figure
+
+    gib = 1 << 30
+    parts = list(rows[0][1])
+    with _style():
+        figure = Figure(figsize=(8.4, 0.42 * len(rows) + 1.7), layout="constrained")
+        _title(figure, title)
+        axes = figure.subplots()
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        ends = np.zeros(len(rows))
+        for i, part in enumerate(parts):
+            sizes = np.array([found[part] / gib for _, found in rows])
+            axes.barh(range(len(rows)), sizes, left=ends, color=COLOURS[i % len(COLOURS)], height=0.62, label=part)
+            ends += sizes
+        for y, end in enumerate(ends):
+            axes.text(end, y, f" {end:.2f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows], parse_math=False)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.12 * max(ends.max(), (room or 0) / gib))
+        axes.set_xlabel("GiB")
+        if room is not None:
+            axes.axvline(room / gib, color="0.25", lw=1.2, ls="--", label=f"room on {machine}")
+        figure.legend(loc="outside lower center", ncols=len(parts) + 1, frameon=False, fontsize=8)
+        _save(figure, path)
+
+
 # --- evaluations ---------------------------------------------------------------------------------------------------
 
 

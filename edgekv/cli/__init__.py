@@ -27,6 +27,7 @@ COMMANDS = {
     "run": "Answer a prompt with a bounded KV cache.",
     "serve": "Answer OpenAI's API for a model, with a bounded KV cache.",
     "inspect": "Show a model's Q-Filters and what its KV cache costs.",
+    "plan": "Work out what memory a model and its cache take, and which flags make them fit.",
     "bench": "Measure speed and memory across settings.",
     "eval": "Measure what compression costs: answers found, loss, divergence, attention held.",
     "rpc-server": "Compute layers for an edgekv on another machine.",
