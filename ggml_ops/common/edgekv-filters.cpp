@@ -71,7 +71,14 @@ class gguf_header {
         read_norms(n_tensors);
     }
 
-    [[noreturn]] void fail(const std::string & why) const { throw std::invalid_argument(path + ": " + why); }
+    // `why` may have names out of the file in it: of those one short line is left
+    [[noreturn]] void fail(std::string why) const {
+        if (why.size() > 300) {
+            why = why.substr(0, 300) + "...";
+        }
+        std::replace_if(why.begin(), why.end(), [](char c) { return (unsigned char) c < ' ' || c == '\x7f'; }, '?');
+        throw std::invalid_argument(path + ": " + why);
+    }
 
     // NULL if there is none of that type
     const gguf_entry * find(const std::string & key, uint32_t type, bool is_array) const {

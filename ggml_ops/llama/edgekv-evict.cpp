@@ -135,6 +135,54 @@ void llama_edgekv_evictor::set_swa_head(uint32_t strm, int64_t head) {
     }
 }
 
+bool llama_edgekv_evictor::is_in_order(uint32_t strm) const {
+    const auto & cells = kv.v_cells[strm];
+    const auto   seq   = (llama_seq_id) strm;
+
+    const int64_t used = n_used(strm);
+    const int64_t past = n_past(strm);
+    if (used > past) {
+        return false;
+    }
+
+    const auto is_own = [seq](const llama_kv_cells & cells, uint32_t i) {
+        return cells.seq_count(i) == 1 && cells.seq_has(i, seq);
+    };
+    for (int64_t i = 0; i < used; ++i) {
+        const auto pos = (llama_pos) (past - used + i);
+        if (!cells.pos_in((uint32_t) i, pos, pos + 1) || !is_own(cells, (uint32_t) i)) {
+            return false;
+        }
+    }
+    if (caches.swa) {
+        const auto & swa = caches.swa->v_cells[strm];
+        uint32_t n = 0;
+        for (uint32_t i = 0; i < swa.size(); ++i) {
+            n += swa.pos_in(i, 0, (llama_pos) past) && is_own(swa, i);
+        }
+        if (n != swa.get_used() || swa.seq_pos_max(seq) != past - 1) {
+            return false;
+        }
+    }
+    return !caches.recr || caches.recr->seq_pos_max(seq) == past - 1;
+}
+
+void llama_edgekv_evictor::drop(uint32_t strm) {
+    for (auto * cache : { caches.attn, caches.swa }) {
+        if (cache) {
+            cache->v_cells[strm].reset();
+            cache->v_heads[strm] = 0;
+        }
+    }
+    if (caches.recr) {
+        caches.recr->seq_rm((llama_seq_id) strm, -1, -1);
+    }
+    if (auto * select = kv.get_select()) {
+        select->changed(strm);
+    }
+    removed();
+}
+
 llama_pos llama_edgekv_evictor::floor(uint32_t strm) const {
     llama_pos res = streams[strm].floor;
 

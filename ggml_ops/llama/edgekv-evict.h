@@ -106,6 +106,12 @@ public:
     int64_t swa_head(uint32_t strm) const;
     void    set_swa_head(uint32_t strm, int64_t head);
 
+    // whether the cells of a stream are what the head of this file says, and those of the other half go with them
+    bool is_in_order(uint32_t strm) const;
+
+    // empties a stream whatever is in it, which stock's seq_rm() does not where positions are negative
+    void drop(uint32_t strm);
+
     uint32_t  n_streams()           const { return (uint32_t) streams.size(); }
     uint32_t  n_used(uint32_t strm) const;
     uint32_t  n_room(uint32_t strm) const; // tokens that can be read before an eviction is due

@@ -82,7 +82,9 @@ struct reader {
         if (n > bytes.size() - at) {
             fail("the state is damaged");
         }
-        memcpy(dst, bytes.data() + at, n);
+        if (n > 0) { // of an empty list there may be no address
+            memcpy(dst, bytes.data() + at, n);
+        }
         at += n;
     }
     template <typename T> void operator()(T & x) { take(&x, sizeof(x)); }
@@ -259,7 +261,8 @@ void check_sequences(const state_head & head, const llama_edgekv_evictor & evict
             fail(format("the state has %d tokens, this context has room for %u", s.n_past, id.n_ctx_seq));
         }
         if (s.n_past < 0 || s.n_used > (uint32_t) s.n_past || s.stream.n_moved > s.n_used || s.stream.floor < 0 ||
-            s.stream.floor > s.n_past) {
+            s.stream.floor > s.n_past ||
+            (uint64_t) s.n_keep + evict.settings().window > evict.settings().budget) { // as llama_edgekv_set_keep() has it
             fail("the state is damaged");
         }
     }
@@ -420,12 +423,15 @@ void llama_edgekv_state_read(llama_context & ctx, llama_io_read_i & io, llama_se
             if (evict->n_used(strm) != head.sequences[i].n_used || evict->n_past(strm) != head.sequences[i].n_past) {
                 throw std::runtime_error("it has other tokens than it says");
             }
+            if (!evict->is_in_order(strm)) { // which a checksum does not keep out
+                throw std::runtime_error("the positions of its tokens make no sense");
+            }
         }
     } catch (const std::exception & err) {
         if (whole) {
             memory->clear(true);
         } else {
-            memory->seq_rm(seq_id, -1, -1);
+            evict->drop((uint32_t) seq_id);
         }
         fail(std::string("the state cannot be restored, its sequences were cleared: ") + err.what());
     }
