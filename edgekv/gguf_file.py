@@ -96,6 +96,12 @@ def part_path(path: str | os.PathLike[str], prefix: str, number: int, count: int
     return Path(path).with_name(f"{prefix}-{number:05}-of-{count:05}.gguf")
 
 
+def _one_line(why: str) -> str:
+    """What is wrong with a file, of which ``why`` may hold names: one line, and no more than a screen's width or three."""
+    why = "".join(c if c.isprintable() else "?" for c in why[:300])
+    return why + "..." if len(why) == 300 else why
+
+
 class Part:
     """The header of one GGUF file: of a model, or of a part of a split one.
 
@@ -126,7 +132,7 @@ class Part:
             raise self._bad(f"cannot be read: {e.strerror or e}") from None
 
     def _bad(self, why: str) -> EdgekvError:
-        return EdgekvError(f"{self.path}: {why}")
+        return EdgekvError(f"{self.path}: {_one_line(why)}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of ``key``: int, float, bool, str, a NumPy array (numeric arrays), or a list (of strings)."""
@@ -270,7 +276,7 @@ class GGUF:
         self.size = sum(part.size for part in self.parts)
 
     def _bad(self, why: str) -> EdgekvError:
-        return EdgekvError(f"{self.path}: {why}")
+        return EdgekvError(f"{self.path}: {_one_line(why)}")
 
     def _find_parts(self, index: int | None, count: int, total: int | None) -> None:
         """Read the other parts of ``count``; this one says that it is the one with ``index``, of ``total`` tensors."""

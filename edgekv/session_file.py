@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import numpy as np
 
 from edgekv import atomic
 from edgekv.errors import EdgekvError
+
+_LONE = re.compile("[\ud800-\udfff]")
 
 FORMAT = "edgekv session"
 VERSION = "1"
@@ -38,6 +41,16 @@ class SavedSession:
             h.update(len(part).to_bytes(8, "little"))
             h.update(part)
         return h.hexdigest()
+
+    def _fault(self) -> str:
+        """What in it is not what a conversation goes on with: a checksum does not say who made it. Empty if all is."""
+        if self.tokens.dtype != np.int32 or self.tokens.ndim != 1 or (self.tokens < 0).any():
+            return "its tokens are no list of numbers"
+        if self.state.dtype != np.uint8 or self.state.ndim != 1:
+            return "its state is no list of bytes"
+        if not isinstance(self.messages, list) or not all(map(_is_message, self.messages)):
+            return "its messages are not those of a conversation"
+        return ""
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all. EdgekvError if it cannot be written."""
@@ -68,8 +81,19 @@ class SavedSession:
                             metadata["model_sha256"])
         except OSError as e:
             raise EdgekvError(f"{path}: cannot be read: {e.strerror or e}") from None
-        except (SafetensorError, KeyError, ValueError) as e:
+        # a type that NumPy has not is none of safetensors' own errors
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
             raise EdgekvError(f"{path}: is not a session of edgekv, or damaged ({type(e).__name__})") from None
+        if fault := found._fault():
+            raise EdgekvError(f"{path}: is damaged: {fault}")
         if found._digest(metadata["messages"]) != metadata.get("sha256"):
             raise EdgekvError(f"{path}: is damaged: its checksum does not match")
         return found
+
+
+def _is_message(message: object) -> bool:
+    if not isinstance(message, dict):
+        return False
+    role, content = message.get("role"), message.get("content")
+    # a lone surrogate, which JSON can hold, is no text
+    return role in ("system", "user", "assistant") and isinstance(content, str) and not _LONE.search(content)

@@ -238,6 +238,18 @@ def test_save_and_load_state(model):
     assert (held(other), other.n_tokens) == before
 
 
+@pytest.mark.parametrize("n", (250, 350))
+def test_a_state_with_other_tokens_than_it_has(plain, n):
+    """As a forged session file could have it: the answer is right all the same."""
+    llama, other, fresh = (Recorded(plain, **OPTIONS) for _ in range(3))
+    answer(llama, text(300), 1)
+    assert llama.n_tokens == 300
+    named = (text(300) + text(100, 5))[:n]
+    other.restore(np.array(named, np.int32), native.save_state(llama.ctx))
+    assert answer(other, named + text(40, 7)) == answer(fresh, named + text(40, 7))
+    assert other.stats().tokens_seen == other.n_tokens
+
+
 def test_the_bindings_own_cache(plain):
     from llama_cpp import LlamaRAMCache
 

@@ -215,6 +215,37 @@ def test_damaged_session_files(session_file, smollm2):
     refuse(session_file.parent, "no such file")
 
 
+@pytest.mark.parametrize("change", [
+    dict(tokens=np.arange(50, dtype=np.int64)), dict(tokens=np.zeros((5, 10), np.int32)),
+    dict(tokens=np.zeros(50, np.float32)), dict(tokens=np.array([1, -2], np.int32)),
+    dict(state=np.zeros((30, 100), np.uint8)), dict(state=np.zeros(3000, np.int8)),
+    dict(messages=5), dict(messages=[5]), dict(messages={}), dict(messages=[{"role": "user"}]),
+    dict(messages=[{"role": "user", "content": 5}]), dict(messages=[{"role": 5, "content": "x"}]),
+    dict(messages=[{"role": "tool", "content": "x"}]), dict(messages=[{"role": "user", "content": None}]),
+], ids=str)
+def test_forged_session_files(session_file, change):
+    """The checksum matches, but what is in them is nothing that a conversation could go on with."""
+    from safetensors.numpy import save
+
+    saved = SavedSession(**{**SavedSession.read(session_file).__dict__, **change})
+    messages = json.dumps(saved.messages)
+    session_file.write_bytes(save({"tokens": saved.tokens, "state": saved.state}, {
+        "format": "edgekv session", "version": "1", "model_sha256": saved.model_sha256, "messages": messages,
+        "sha256": saved._digest(messages)}))
+    refuse(session_file, "is damaged: its (tokens|state|messages)")
+
+
+@pytest.mark.parametrize("messages", ["[" * 5000, '[{"role": "user", "content": "\\ud800"}]', "9" * 5000, "[", ""])
+def test_forged_messages(session_file, messages):
+    from safetensors.numpy import save
+
+    saved = SavedSession.read(session_file)
+    session_file.write_bytes(save({"tokens": saved.tokens, "state": saved.state}, {
+        "format": "edgekv session", "version": "1", "model_sha256": saved.model_sha256, "messages": messages,
+        "sha256": saved._digest(messages)}))
+    refuse(session_file, "damaged")
+
+
 def test_sessions_of_others(tmp_path, smollm2):
     """Refused with nothing changed: another model, another budget, a smaller context, a stock state."""
     from edgekv import native

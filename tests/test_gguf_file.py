@@ -249,6 +249,18 @@ def test_foreign_bytes(tmp_path, data, why):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("name", [b"a\nb", b"\x1b[31m", b"x" * 100_000, b"\xff\0", "\u2028".encode()])
+def test_messages_are_one_short_line_whatever_a_file_calls_things(tmp_path, name):
+    path = tmp_path / "foreign.gguf"
+    for data in (header(n_kv=1) + string(b"general.architecture") + struct.pack("<I", 8) + string(name),
+                 header(n_tensors=1) + string(name) + struct.pack("<I", 5)):
+        path.write_bytes(data)
+        with pytest.raises(EdgekvError) as e:
+            GGUF(path).n_layer
+        text = str(e.value)
+        assert text.startswith(f"{path}: ") and text.isprintable() and len(text) < len(str(path)) + 400, text
+
+
 def test_unknown_tensor_types_must_begin_inside(tmp_path):
     path = tmp_path / "m.gguf"
     info = string(b"t") + struct.pack("<IQIQ", 1, 4, 999, 0)

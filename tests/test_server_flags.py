@@ -307,6 +307,9 @@ def test_damaged_filters(refused, tmp_path, model):
     assert "lies on others" in says(struct.pack("<4sIQQ", b"GGUF", 3, len(named), 0) + tensors + bytes(1000))
     for n in (0, 3, 10, 100, len(good) // 2, len(good) - 1):
         assert "GGUF file" in says(good[:n])
+    for name in (b"a\nb", b"x" * 100_000):  # names in messages: one short line, whatever they are
+        line = says(struct.pack("<4sIQQQ", b"GGUF", 3, 0, 1, len(name)) + name + struct.pack("<I", 99))
+        assert "metadata of type 99" in line and len(line) < len(str(bad)) + 400, line
     assert "holds no Q-Filters" in says(model.read_bytes())
     assert "is a folder" in refused(*WITH_FILTERS, "--kv-filters", tmp_path)
     assert "No such file" in refused(*WITH_FILTERS, "--kv-filters", tmp_path / "nowhere.gguf")

@@ -104,6 +104,7 @@ def forged(state: bytes, **change: int) -> bytes:
 @pytest.mark.parametrize("change", [
     dict(floor=-1), dict(floor=201), dict(n_past=-5), dict(n_past=47), dict(n_moved=49), dict(n_moved=2**32 - 1),
     dict(n_layers=0), dict(n_layers=3), dict(stride=2**31), dict(n_payload=2**62), dict(n_payload=2**64 - 1),
+    dict(n_keep=31), dict(n_keep=2**32 - 1),  # more than the budget has room for: an eviction could not be computed
 ])
 def test_a_forged_head(evicted, states, change):
     """What a checksum does not keep out: numbers that do not go together."""
@@ -122,6 +123,32 @@ def test_a_head_that_is_not_its_cells(model, states, change, whole):
             s.load(forged(states[seq_id], **change), seq_id)
         assert s.stats(0).tokens_seen == 0
         s.read(tokens(100))
+
+
+def with_position(state: bytes, cell: int, pos: int) -> bytes:
+    """One cell of the first stream claims another position, with a checksum that matches."""
+    begin = bytes(state).index(b"EdKv") + 16
+    payload = begin + int.from_bytes(state[begin - 8 : begin], "little") + 8
+    end = len(state) - 8
+    # streams, cells of the first, then for each: position, number of sequences, sequence
+    at = payload + 8 + 12 * cell
+    assert checksum(state[payload:end]) == bytes(state[end:])
+    changed = bytes(state[:at]) + pos.to_bytes(4, "little", signed=True) + bytes(state[at + 4 : end])
+    return changed + checksum(changed[payload:])
+
+
+@pytest.mark.parametrize("cell, pos", [(3, -5), (0, -(2**31)), (3, 160), (5, 0)])
+@pytest.mark.parametrize("whole", (True, False))
+def test_positions_that_make_no_sense(model, states, cell, pos, whole):
+    """Cells claim the last positions in ascending order. What is loaded else cannot be removed, or not be saved again."""
+    seq_id = None if whole else 0
+    with Session(model, settings=KNORM) as s:
+        s.read(tokens(60))
+        with pytest.raises(EdgekvError, match="were cleared: the positions of its tokens make no sense"):
+            s.load(with_position(states[seq_id], cell, pos), seq_id)
+        assert s.stats(0).tokens_seen == 0 and s.stats(0).cells_used == 0
+        s.load(states[seq_id], seq_id)  # nothing of it is in the way
+        s.read(tokens(50), 200)
 
 
 def test_moved_cells_that_are_not_there(model):
