@@ -331,8 +331,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     plain = tiny(folder / "MODEL.gguf")
     filters = random_filters(GGUF(plain), text_sha256=[])
-    for name in ("MODEL-qfilters.gguf", "smollm2-135m", "smollm2-qf.gguf", "gemma-3-270m-q4_k_m.gguf", "MODEL", "A", "B"):
+    for name in ("MODEL-qfilters.gguf", "smollm2-135m", "smollm2-qf.gguf", "gemma-3-270m-q4_k_m.gguf", "A", "B"):
         convert(plain, folder / name, filters)
+    shutil.copy(plain, folder / "MODEL")
     # where filters that a file lacks are kept; a calibration takes long here, as this text is cut into bytes
     kept = folder / "cache/filters"
     kept.mkdir(parents=True)
