@@ -25,7 +25,8 @@ _STATES = {
 @click.option("-m", "--model", metavar="MODEL",
               help="Say what works with this model: a path, a known name or hf:ORG/REPO:QUANT.")
 @click.option("--rpc", metavar="HOST:PORT,...", help="Look at the devices of these rpc-server processes too.")
-@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="Format on standard output.")
 def doctor(model: str | None, rpc: str | None, output: str) -> None:
     """Show which devices there are, what runs where, and why something is not used.
 

@@ -46,7 +46,8 @@ def export(model: str, output: str) -> None:
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--model", metavar="GGUF", help="The model that published filters are for, if neither A nor B holds it.")
-@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="Format on standard output.")
 def diff(a: str, b: str, model: str | None, output: str) -> None:
     """Compare the Q-Filters A and B of one model, head by head.
 

@@ -44,7 +44,8 @@ UBATCH = 512  # llama.cpp's default
               help="With either: the last tokens, whose choices or attention are judged by [default: 64].")
 @click.option("--plot", metavar="FILE", type=click.Path(),
               help="Write a heat map, layer by KV head (.png or .svg): of --quality, else of the calibration's report.")
-@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="Format on standard output.")
 def inspect(model: str, budget: str, n_ctx: int | None, output: str, attention: bool, quality: bool, plot: str | None,
             **options: Any) -> None:
     """Show MODEL's Q-Filters and what its KV cache costs."""
