@@ -389,9 +389,16 @@ def run_here(text: str, stdin: str = "") -> str:
 
 
 LOCAL = [text for text in of_kind("run") if not text.startswith(("edgekv pull", "edgekv chat"))]
+# variants of others, each some seconds even so: the normal run looks at their words only
+LONG = [text for text in LOCAL if "-s 50" in text or "--bandwidth" in text or "--log" in text]
 
 
-@pytest.mark.parametrize("text", LOCAL)
+@pytest.mark.parametrize("text", LONG)
+def test_long_commands_are_there(text):
+    check_words(text.partition(" > ")[0])
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, marks=pytest.mark.slow if text in LONG else ()) for text in LOCAL])
 def test_commands_run(text, place):
     assert run_here(text).strip()
 
