@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ import numpy as np
 
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF, TENSOR_TYPES
-from edgekv.settings import DEFAULT_POLICY, EvictionSettings, needs_filters
+from edgekv.settings import DEFAULT_POLICY, EvictionSettings, needs_filters, needs_queries
 
 GIB = 1 << 30
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 FLOAT_TYPES = ("f32", "f16", "bf16")
 LADDER = ("f16", "q8_0", "q4_0")  # caches, the most exact first: docs/quality.md says what they cost
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 PAD = 256  # cells are allocated in steps of
 MIN_BUDGET = 256  # tokens; below it an eviction is not proposed, as in --kv-evict auto
 LEAVE_DISCRETE = GIB  # of a card's memory, for the driver and the screen: llama.cpp's --fit-target
@@ -50,7 +52,7 @@ _WINDOWS: dict[str, tuple[int | None, bool, int | None]] = {
     "exaone4": (4, False, 4096), "exaone-moe": (4, False, 128), "llama4": (4, False, 8192), "gpt-oss": (2, False, None),
     "smallthinker": (4, True, None), "plamo3": (8, False, None), "muse-glimmer": (4, False, None),
     "afmoe": (4, False, None), "laguna": (4, True, None), "mellum": (4, False, None), "step35": (None, False, None),
-    "mimo2": (None, False, None), "spark2_5": (None, False, None), "granite_swa": (None, False, None),
+    "maple": (None, False, None), "mimo2": (None, False, None), "spark2_5": (None, False, None), "granite_swa": (None, False, None),
 }
 _FIXED_WINDOWS = {"llama4": 8192, "smallthinker": 4096}  # whatever number the header has, unless it is 0
 _NO_WINDOWS = {"phi3"}  # llama.cpp ignores the header's
@@ -64,7 +66,7 @@ _RECURRENT = {"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"}
 # latent attention, indexers, several caches, drafts of another model
 _OTHER_CACHES = {
     "minimax-m3", "minimax-01", "glm-dsa", "deepseek32", "deepseek4", "glm5-next", "hy_v4", "dots3note", "dflash",
-    "eagle3", "qwen4exp", "kimi-linear", "kimi-k3", "bailingmoe3", "gemma4-assistant",
+    "eagle3", "qwen4exp", "kimi-linear", "kimi-k3", "bailingmoe3", "gemma4-assistant", "graniteswitch",
 }
 _HYBRIDS = {"jamba", "falcon-h1", "plamo2", "granitehybrid", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe",
             "qwen3next", "qwen35", "qwen35moe"}
@@ -162,10 +164,13 @@ def read_model(gguf: GGUF) -> Model:
         raise bad(f"is an encoder or a diffusion model ({arch}): it writes no text token by token, without a KV cache")
     if arch in _RECURRENT:
         raise bad(f"is a recurrent model ({arch}): it has no KV cache, its memory does not grow with the context")
-    if arch in _OTHER_CACHES or _number(gguf, f"{arch}.attention.key_length_mla", 0):
+    if (arch in _OTHER_CACHES or _number(gguf, f"{arch}.attention.key_length_mla", 0)
+            or _number(gguf, f"{arch}.num_loops", 1) > 1):
         raise bad(f"has latent or sparse attention, or a cache of its own kind ({arch}): no plan can be made for it")
 
     n_layer = gguf.n_layer
+    if n_layer > MAX_LAYERS:
+        raise bad(f"has {n_layer} layers, and llama.cpp takes {MAX_LAYERS} at most")
     drafts = min(_number(gguf, f"{arch}.nextn_predict_layers", 0), n_layer - 1)
     notes = []
     windowed, window = _windows(gguf, n_layer, notes)
@@ -175,6 +180,7 @@ def read_model(gguf: GGUF) -> Model:
     head_k = {False: gguf.key_length, True: _number(gguf, f"{arch}.attention.key_length_swa", gguf.key_length)}
     head_v = {False: gguf.value_length, True: _number(gguf, f"{arch}.attention.value_length_swa", gguf.value_length)}
     weights, inputs, outputs = _weights(gguf, n_layer)
+    weights[n_layer - drafts:] = [0] * drafts  # loaded for --spec-type draft-mtp only
 
     layers = []
     for il in range(n_layer):
@@ -188,9 +194,9 @@ def read_model(gguf: GGUF) -> Model:
         window = 0
 
     embeddings = gguf.tensors.get("token_embd.weight")
-    if embeddings is None or len(embeddings.shape) != 2:
-        raise bad("has no token embeddings; is it a language model, and the first part of it?")
     output = gguf.tensors.get("output.weight", embeddings)
+    if embeddings is None or any(len(tensor.shape) != 2 for tensor in (embeddings, output)):
+        raise bad("has no token embeddings, or a damaged output; is it a language model, and the first part of it?")
     tied = embeddings.nbytes if output is embeddings else 0
     n_ff = max(_list(gguf, f"{arch}.feed_forward_length", 0))
     n_used = max(_list(gguf, f"{arch}.expert_used_count", 0)) if _number(gguf, f"{arch}.expert_count", 0) > 1 else 0
@@ -248,7 +254,7 @@ def _windows(gguf: GGUF, n_layer: int, notes: list[str]) -> tuple[list[bool], in
                          "as full")
         return none, 0
     period, dense_first, default = _WINDOWS[arch]
-    if arch == "exaone4" and n_layer != 64:
+    if arch == "exaone4" and n_layer - _number(gguf, f"{arch}.nextn_predict_layers", 0) != 64:
         return none, 0
     window = _number(gguf, key, default or 0)
     if window == 0:
@@ -525,6 +531,9 @@ def _unfit(model: Model, s: Setting) -> str:
         return f"-ctv {s.type_v}: a quantised V needs flash attention, drop -fa off"
     if s.policy != "none" and model.no_evict:
         return f"the cache cannot be evicted from: {model.no_evict}; --kv-evict none"
+    if s.budget and needs_queries(s.policy) and not EvictionSettings.resolve(
+            s.policy, s.budget, n_ctx=s.n_ctx_seq).window:
+        return f"--kv-evict {s.policy} needs a --kv-budget of at least 4 tokens"
     if s.page_size and model.no_select:
         return f"the cache cannot be selected from: {model.no_select}; --kv-select none"
     if s.page_size and not s.flash_attn:
@@ -680,8 +689,11 @@ def largest_budget(model: Model, setting: Setting, fits: Callable[[Memory], bool
 
 def most_layers(model: Model, setting: Setting, room: int) -> int:
     """The largest ``-ngl`` whose part on the GPU fits ``room`` bytes; 0 if not even the output does."""
-    # not a bisection: with one layer more the compute buffer can change either way
-    return next((n for n in range(model.all_layers, 0, -1)
+    # the weights alone are a bound; below it no bisection: with one layer more the compute buffer can change either way
+    weights = accumulate((layer.weight_bytes for layer in reversed(model.layers)),
+                         initial=model.output_bytes + model.tied_bytes)
+    most = sum(total <= room for total in weights)
+    return next((n for n in range(most, 0, -1)
                  if memory(model, replace(setting, n_gpu_layers=n)).device.total <= room), 0)
 
 
@@ -743,7 +755,10 @@ def propose(model: Model, caches: Sequence[Setting], device: Device, leave: int 
                                f"memory: slower; cache in {name(s)}"))
     elif not result:
         s = caches[-1]
-        result.append(Proposal(s, memory(model, s), False, "the model does not fit, whatever the cache"))
+        why = ("no cache of this context fits, and nothing may be evicted: a smaller -c may"
+               if policy == "none" or model.no_evict else
+               f"not even {MIN_BUDGET} tokens in {name(s)} fit: a smaller -ub or model may")
+        result.append(Proposal(s, memory(model, s), False, why))
     return result
 
 

@@ -361,14 +361,46 @@ def test_the_command(llama_8b, tmp_path):
 def test_every_machine_without_gpu(tiny):
     r = edgekv("plan", tiny["llama"])
     assert r.exit_code == 0 and all(device.name in r.stdout for device in plan.devices())
-    assert "machines" not in edgekv("plan", tiny["llama"], "-ngl", "0").stdout
+    r = edgekv("plan", tiny["llama"], "-ngl", "0")
+    assert r.exit_code == 0 and r.stdout and "machines" not in r.stdout
+    # a budget that somebody wants counts there too
+    r = edgekv("plan", tiny["llama"], "-c", "100000000", "--kv-budget", "4096")
+    assert "4,096 tokens" in r.stdout.split("machines", 1)[1]
+
+
+def test_a_draft_is_not_loaded(tmp_path):
+    """Layers that predict further tokens are for --spec-type, and llama.cpp leaves their tensors in the file."""
+    def shape(n_layer, more=lambda w: None):
+        return read_model(GGUF(write_header(tmp_path / f"{n_layer}.gguf", arch="glm4", n_layer=n_layer, n_embd=256, n_head=2,
+                                            n_ff=256, n_head_kv=1, n_vocab=256, more=more)))
+
+    drafted = shape(3, lambda w: w.add_nextn_predict_layers(1))
+    assert drafted.layers[-1].weight_bytes == 0 < drafted.layers[0].weight_bytes
+    whole = shape(3)
+    assert drafted.weight_bytes == whole.weight_bytes - whole.layers[-1].weight_bytes
+
+
+def test_a_server_on_the_cpu_has_flash_attention(llama_8b):
+    """As llama-server's auto decides: without it a mask of the whole context would be counted."""
+    (row, *_), (want, *_) = (json.loads(edgekv("plan", llama_8b, "-c", "131072", "-np", "4", "-ngl", "0", "-o", "json", *fa)
+                                        .stdout)["settings"] for fa in ((), ("-fa", "on")))
+    assert row["flash_attn"] is True and row == want
+
+
+def test_what_does_not_fit_is_not_proposed(llama_8b):
+    r = edgekv("plan", llama_8b, "-c", "131072", "--gpu", "m1-8gb", "--kv-evict", "none")
+    assert r.exit_code == 0 and "nothing fits: no cache of this context fits" in r.stdout and "proposed" not in r.stdout
+    r = edgekv("plan", llama_8b, "-c", "131072", "--gpu", "m1-8gb", "--kv-budget", "60000")
+    assert "proposed: --kv-budget 60000 fits no cache; no full cache fits; in q4_0 the best" in r.stdout
 
 
 def test_a_plan_loads_no_native_library(tiny):
     code = ("import sys; from edgekv.cli import main\n"
             f"try: main(['plan', {str(tiny['gemma3'])!r}, '--gpu', '8GiB'])\n"
             "except SystemExit as e: assert not e.code\n"
-            "assert not {'llama_cpp', 'edgekv.native', 'edgekv._runtime.Ggml'} & set(sys.modules)")
+            "assert not {'llama_cpp', 'edgekv.native'} & set(sys.modules)\n"
+            "maps = open('/proc/self/maps').read() if sys.platform == 'linux' else ''\n"
+            "assert 'libllama' not in maps")
     subprocess.run(python(code), check=True, stdout=subprocess.DEVNULL)
 
 
@@ -440,6 +472,10 @@ def test_errors(tiny, tmp_path, llama_8b):
     fails("has no KV cache", "plan", header("mamba.gguf", "mamba2"))
     fails("latent or sparse attention", "plan", header("mla.gguf", "deepseek2", lambda w: w.add_key_length_mla(192)))
     fails("gives no sensible context length", "plan", header("ctx.gguf", "llama", n_ctx=0))
+    fails("has 600 layers, and llama.cpp takes 512", "plan", header("deep.gguf", "llama", n_layer=600))
+    fails("-ngl 0 puts nothing on a card", "plan", path, "-ngl", "0", "--gpu", "8GiB")
+    fails("needs a --kv-budget of at least 4", "plan", path, "--kv-evict", "snapkv", "--kv-budget", "3")
+    fails("a cache of its own kind", "plan", header("loops.gguf", "nanbeige", lambda w: w.add_uint32("nanbeige.num_loops", 2)))
     vl = header("vl.gguf", "qwen2vl")
     fails("the cache cannot be evicted from: it has M-RoPE", "plan", vl, "--kv-budget", "512")
     r = edgekv("plan", vl, "-c", "4096", "--gpu", "2GiB")

@@ -34,7 +34,7 @@ MAX_CTX = 2**31 - 1
 @click.option("-ctv", "--cache-type-v", "type_v", type=click.Choice(library.CACHE_TYPES),
               help="Type of V in the cache [default: as -ctk; with it f16].")
 @click.option("-fa", "--flash-attn", type=click.Choice(("on", "off", "auto")), default="auto", show_default=True,
-              help="Flash attention. auto: on a GPU and for quantised V.")
+              help="Flash attention. auto: on a GPU, for quantised V, and in a server.")
 @click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=1, max=1 << 20), default=512,
               show_default=True, metavar="N", help="Tokens computed at once.")
 @click.option("--kv-evict", type=click.Choice(("auto", *POLICIES)), default="auto", show_default=True,
@@ -96,13 +96,16 @@ class _Plan:
         if flash_attn == "off" and not chosen:
             types = types[:1]
         on_cpu, self.compare = layers == 0, layers is None
+        if on_cpu and device is not None and device.kind == "discrete":
+            raise EdgekvError(f"--gpu {device.name}: -ngl 0 puts nothing on a card; drop one of them")
         base = library.Setting(
             n_ctx, n_parallel or 1, n_ubatch, swa_full=not self.server, n_gpu_layers=-1 if layers is None else layers,
             page_size=quest.page_size if quest.method != "none" else 0, dense_layers=quest.dense_layers)
 
         def make(names: tuple[str, str]) -> library.Setting:
+            # the server's auto leaves it on wherever it works, ours where it is faster
             fa = flash_attn == "on" or flash_attn == "auto" and (
-                not on_cpu or names[1] not in library.FLOAT_TYPES or bool(base.page_size))
+                self.server or not on_cpu or names[1] not in library.FLOAT_TYPES or bool(base.page_size))
             return replace(base, type_k=names[0], type_v=names[1], flash_attn=fa)
 
         self.notes = list(model.notes)
@@ -124,7 +127,8 @@ class _Plan:
         if model.no_evict:
             self.notes.append(f"the cache cannot be evicted from: {model.no_evict}")
 
-        self.proposals = [] if device is None else self._propose(device, kv_budget)
+        self.kv_budget = kv_budget
+        self.proposals = [] if device is None else self._propose(device)
         self.rows = [*self.caches, *self._evictions(kv_budget)]
         if not base.page_size and not model.no_select and flash_attn != "off":
             self.rows.append(replace(self.caches[0], page_size=16, flash_attn=True))
@@ -144,7 +148,8 @@ class _Plan:
             budgets = [n for share in SHARES if (n := s.n_ctx_seq // share) >= library.MIN_BUDGET]
         return [replace(s, budget=n) for n in budgets if n < s.n_ctx_seq]
 
-    def _propose(self, device: library.Device, kv_budget: str | None = None) -> list[library.Proposal]:
+    def _propose(self, device: library.Device) -> list[library.Proposal]:
+        kv_budget = self.kv_budget
         result = library.propose(self.model, self.caches, device, self.leave, self.policy)
         if kv_budget is None or result[0].setting.policy == "none":
             return result
@@ -156,7 +161,7 @@ class _Plan:
             if device.needs(found) <= room:
                 return [library.Proposal(s, found, True, f"no full cache fits; {s.budget:,} tokens do, in {s.type_k}"),
                         *result[1:]]
-        return result
+        return [replace(result[0], why=f"--kv-budget {kv_budget} fits no cache; {result[0].why}"), *result[1:]]
 
     # --- for people --------------------------------------------------------------------------------------------------
 
@@ -200,7 +205,7 @@ class _Plan:
             text += (f"{self.device.title}: {format_bytes(self.device.memory)}, of which {format_bytes(room)} may be "
                      "filled (--fit-target says what stays free)\n")
         for i, p in enumerate(self.proposals):
-            text += f"\n{'or' if i else 'proposed'}: {p.why} ({format_bytes(self.device.needs(p.memory))})\n"
+            text += f"\n{'or' if i else 'proposed' if p.fits else 'nothing fits'}: {p.why} ({format_bytes(self.device.needs(p.memory))})\n"
             text += f"    {self.command(p.setting)}\n" if p.fits else ""
         return text + "".join(f"\nnote: {note}\n" for note in self.notes)
 
