@@ -71,6 +71,8 @@ UNTRIED = {
     "tools/dev -DGGML_CUDA=on": _BUILD,
     "tools/sanitize": _BUILD,
     "tools/op-tests": _BUILD,
+    "tools/fuzz": _MEASURES,
+    "tools/fuzz --seconds 165": _MEASURES,
     "tools/gpu-check": _GPU,
     "tools/gpu-check -o results": _GPU,
     ".venv/bin/python tools/same-text MODEL-qfilters.gguf -ngl 99": _GPU,

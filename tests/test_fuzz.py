@@ -1,5 +1,5 @@
-"""The short version of tools/fuzz: the same targets with mutations that a seed decides. What guided fuzzing needs (atheris,
-clang) is not needed here; the native readers are reached through the server's flags and the session's states."""
+"""The short version of tools/fuzz: the Python targets and the server, with mutations that a seed decides. What guided
+fuzzing needs (atheris, clang) is not needed here. The native readers have tests/test_state.py and test_server_flags.py."""
 
 import importlib.util
 import random

@@ -1,5 +1,5 @@
-"""A target of targets.py, guided by coverage: guided.py TARGET CORPUS [arguments of libFuzzer]. tools/fuzz runs it, in an
-environment with atheris.
+"""A target of targets.py, guided by coverage: guided.py TARGET CORPUS [arguments of libFuzzer]. tools/fuzz runs it, in
+an environment with atheris.
 
 An input may take a second of CPU time, and the process half a GiB more than it has at the beginning.
 """

@@ -1,5 +1,5 @@
-"""Requests that no client should send, to a llama-server whose cache is evicted: server.py MODEL SECONDS SEED. tools/fuzz
-and tests/test_fuzz.py run it. Afterwards the server has to answer as before, with figures that make sense."""
+"""Requests that no client should send, to a llama-server whose cache is evicted: server.py MODEL SECONDS SEED.
+tools/fuzz and tests/test_fuzz.py run it. Afterwards the server has to answer as before, with figures that make sense."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ BODIES = {
     "/detokenize": {"tokens": [1, 70, 71]},
     "/apply-template": {"messages": CHAT},
     "/props": {"n": 1}, "/lora-adapters": [{"id": 0, "scale": 1.0}],
-    "/slots/0?action=erase": {}, "/slots/1?action=save": {"filename": "x"}, "/slots/-1?action=restore": {"filename": "../x"},
+    "/slots/0?action=erase": {}, "/slots/1?action=save": {"filename": "x"},
+    "/slots/-1?action=restore": {"filename": "../x"},
     "/v1/streams/lookup": {"ids": ["x"]}, "/edgekv": {}, "/nothing": {"a": 1},
 }
 GETS = ["/health", "/metrics", "/props", "/models", "/slots", "/slots?fail_on_no_slot=1", "/edgekv", "/lora-adapters",
@@ -102,7 +103,8 @@ def request(rng: random.Random, server: Served) -> str:
     """Send one; what came back, in a word."""
     chance = rng.random()
     if chance < 0.06:
-        method, path, data = rng.choice(["GET", "GET", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH"]), rng.choice(GETS), None
+        method = rng.choice(["GET", "GET", "HEAD", "OPTIONS", "DELETE", "PUT", "PATCH"])
+        path, data = rng.choice(GETS), None
     elif chance < 0.08:  # no HTTP
         whole = b"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: 18\r\n\r\n" + b'{"prompt": "abcd"}'
         try:
@@ -140,7 +142,7 @@ def resident(server: Served) -> int:
 
 
 def fuzz(server: Served, seed: int, seconds: float | None = None, n: int | None = None) -> Counter:
-    """Requests until one of both is reached; what came back, and how often. AssertionError if the server has suffered."""
+    """Requests until one of both is reached; what came back, and how often. AssertionError if the server suffered."""
     def answer():
         return [server.complete(TEXT, id_slot=slot, cache_prompt=False)["tokens"] for slot in range(N_SLOTS)]
 

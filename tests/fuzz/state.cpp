@@ -38,7 +38,7 @@ struct reader {
     llama_context * ctx;
     bytes           states[2]; // of one sequence, and whole
 };
-std::vector<reader> contexts;
+std::vector<reader> & contexts = *new std::vector<reader>; // reachable to the end, so that nobody calls them leaked
 
 llama_context * open(llama_model * model, uint32_t n_seq_max) {
     llama_edgekv_params params = {};

@@ -1,5 +1,6 @@
 """What reads foreign bytes in Python, one target each, for tools/fuzz (coverage-guided, by atheris) and for
-tests/test_fuzz.py (a short run with mutations of its own). ``targets.py FOLDER`` writes what the native ones begin with.
+tests/test_fuzz.py (a short run with mutations of its own). ``targets.py FOLDER`` writes what the native ones begin
+with.
 
 A target is called with bytes. It returns, or raises what is a finding: anything but an EdgekvError of one line.
 """
@@ -148,8 +149,9 @@ def published(folder: Path) -> tuple[Target, list[bytes]]:
 
 
 def session(folder: Path) -> tuple[Target, list[bytes]]:
-    """Session files as `/load` reads them. An input is a byte and a file; where the byte is odd, the checksum is made
-    right first, as whoever forges a file would."""
+    """Session files as `/load` reads them. An input is a byte and the rest. The rest is a file if the byte is even, and
+    if it is odd one whose checksum is made right first, as whoever forges a file would. With 2 in the byte the rest is the
+    types of tokens and state, their number, and the messages, in a file that is whole otherwise."""
     from edgekv.session_file import SavedSession
 
     path = folder / "input.session"
@@ -158,7 +160,8 @@ def session(folder: Path) -> tuple[Target, list[bytes]]:
     seed = path.read_bytes()
 
     def run(data: bytes) -> None:
-        path.write_bytes(forged(data[1:]) if data[:1] and data[0] & 1 else data[1:])
+        kind = data[0] if data else 0
+        path.write_bytes(made(data[1:]) if kind & 2 else forged(data[1:]) if kind & 1 else data[1:])
         with refusals():
             saved = SavedSession.read(path)
             # what a conversation goes on with
@@ -183,6 +186,18 @@ def session(folder: Path) -> tuple[Target, list[bytes]]:
         except Exception:  # what is no such file stays as it is
             return data
 
+    types = [("I32", 4), ("U8", 1), ("F32", 4), ("F64", 8), ("I64", 8), ("I8", 1), ("BOOL", 1), ("U32", 4), ("BF16", 2),
+             ("F8_E4M3", 1)]
+
+    def made(data: bytes) -> bytes:
+        numbers = (*data[:3], 0, 0, 0)
+        (tokens, a), (state, b), n = types[numbers[0] % len(types)], types[numbers[1] % len(types)], numbers[2] % 8
+        header = {"tokens": {"dtype": tokens, "shape": [n], "data_offsets": [0, n * a]},
+                  "state": {"dtype": state, "shape": [n], "data_offsets": [n * a, n * a + n * b]},
+                  "__metadata__": {"format": "edgekv session", "version": "1", "model_sha256": "0" * 64,
+                                   "messages": data[3:].decode("utf-8", "replace")}}
+        return forged(safetensors(json.dumps(header).encode(), bytes(range(n * (a + b)))))
+
     def _as_int32(raw: bytes, dtype: str) -> bytes:
         kind = {"F": "f", "I": "i", "U": "u"}[dtype[0]]
         return np.frombuffer(raw, f"<{kind}{int(dtype[1:]) // 8}").astype("<i4").tobytes()
@@ -198,7 +213,8 @@ def session(folder: Path) -> tuple[Target, list[bytes]]:
         header = json.loads(seed[8:8 + struct.unpack_from("<Q", seed)[0]])
         header["__metadata__"]["messages"] = text
         seeds.append(b"\1" + safetensors(json.dumps(header).encode(), seed[8 + struct.unpack_from("<Q", seed)[0]:]))
-    return run, seeds
+        seeds.append(b"\2\0\1\5" + text.encode())
+    return run, [*seeds, b"\2\0\1\5" + json.dumps(messages).encode()]
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -247,7 +263,8 @@ def budget(folder: Path) -> tuple[Target, list[bytes]]:
         with refusals(quoted=True):
             EvictionSettings.resolve(lines[2], "x8", n_ctx=8192)
 
-    return run, [b"2048\nauto\nknorm", b"x8\n1024\nqfilters", b"1.5GiB\n64\nnone", b"0.5mb\n\n", "x١٢\n².5kib\n".encode()]
+    return run, [b"2048\nauto\nknorm", b"x8\n1024\nqfilters", b"1.5GiB\n64\nnone", b"0.5mb\n\n",
+                 "x١٢\n².5kib\n".encode()]
 
 
 TARGETS = {"gguf": gguf, "split": split, "published": published, "session": session, "journal": journal,
@@ -257,8 +274,8 @@ TARGETS = {"gguf": gguf, "split": split, "published": published, "session": sess
 # --- without atheris -------------------------------------------------------------------------------------------------
 
 
-NUMBERS = [0, 1, 2, 3, 4, 7, 8, 9, 12, 13, 24, 32, 64, 127, 128, 255, 256, 1 << 15, (1 << 16) - 1, 1 << 20, (1 << 31) - 1, 1 << 31,
-           (1 << 32) - 1, 1 << 32, (1 << 61), (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+NUMBERS = [0, 1, 2, 3, 4, 7, 8, 9, 12, 13, 24, 32, 64, 127, 128, 255, 256, 1 << 15, (1 << 16) - 1, 1 << 20,
+           (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 61), (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 WORDS = [b"\n", b"\0", b"\xff", b"\xc3(", b"[[", b"{}", b"null", b"true", b'""', b"\\ud800", b"1e999", b"-1", b"NaN",
          b"edgekv.qfilters.", b"general.alignment", b"split.count", b"F64", b"BF16", b"BOOL", b"__metadata__", b"\n{"]
 
