@@ -57,7 +57,7 @@ class Conversation:
 
     def regenerate(self) -> Iterator[str]:
         """Another answer to the last question, in place of the last one. EdgekvError if there is none."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
+        if not self._ends_with_a_turn:
             raise EdgekvError("there is no answer yet that could be given again")
         old = self.messages.pop()
         try:
@@ -68,10 +68,15 @@ class Conversation:
 
     def undo(self) -> str:
         """Take the last question and its answer back; the question. EdgekvError if there is none."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
+        if not self._ends_with_a_turn:
             raise EdgekvError("there is no turn that could be taken back")
         self.messages.pop()
         return self.messages.pop()["content"]
+
+    @property
+    def _ends_with_a_turn(self) -> bool:
+        # a file that was loaded may have an answer without a question
+        return [message["role"] for message in self.messages[-2:]] == ["user", "assistant"]
 
     def clear(self) -> None:
         """Forget everything but the system prompt."""

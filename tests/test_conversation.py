@@ -246,6 +246,18 @@ def test_forged_messages(session_file, messages):
     refuse(session_file, "damaged")
 
 
+def test_an_answer_without_a_question():
+    """A loaded file may have it: nothing to take back, and the system prompt is no question."""
+    talk = Conversation.__new__(Conversation)
+    for before in ([], [{"role": "system", "content": "be brief"}]):
+        talk.messages = [*before, {"role": "assistant", "content": "x"}]
+        with pytest.raises(EdgekvError, match="no turn"):
+            talk.undo()
+        with pytest.raises(EdgekvError, match="no answer yet"):
+            list(talk.regenerate())
+        assert len(talk.messages) == len(before) + 1
+
+
 def test_sessions_of_others(tmp_path, smollm2):
     """Refused with nothing changed: another model, another budget, a smaller context, a stock state."""
     from edgekv import native

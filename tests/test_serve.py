@@ -394,7 +394,7 @@ def test_checkpoints_have_a_limit(llama_server, slow_model, mib):
 
 def test_figures_of_a_server_that_sleeps(llama_server, plain):
     """It has no cache; what it counted stays."""
-    with served(llama_server, plain, *flags(1), *EVICT, "--metrics", "--sleep-idle-seconds", 1) as server:
+    with served(llama_server, plain, *flags(1), *EVICT, "--metrics", "--sleep-idle-seconds", 4) as server:
         server.complete(text(300), 5)
         awake = server.cache()
         end = time.monotonic() + 30

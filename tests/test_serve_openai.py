@@ -150,6 +150,13 @@ def test_a_tool_by_its_name(tool_client, name):
         tool_client.chat.completions.create(**how, tool_choice={"type": "some", "name": name})
 
 
+def test_a_tool_by_its_name_over_the_responses_api(tool_client):
+    tools = [{"type": "function", **t["function"]} for t in TOOLS]
+    answer = tool_client.responses.create(model="any", input="What is the weather in Berlin?", tools=tools, temperature=0,
+                                          max_output_tokens=100, tool_choice={"type": "function", "name": "population"})
+    assert [item.name for item in answer.output if item.type == "function_call"] == ["population"]
+
+
 def test_a_template_without_tools(client):
     """A call cannot be forced there, and that is said."""
     with pytest.raises(openai.BadRequestError, match="template knows no tools"):

@@ -151,6 +151,33 @@ def test_positions_that_make_no_sense(model, states, cell, pos, whole):
         s.read(tokens(50), 200)
 
 
+def test_a_forged_place_of_a_recurrent_half(tmp_path):
+    """The state of an lfm2 sequence ends with its recurrent cell; one that claims no place of the sequence is refused, and
+    what comes next is as in a fresh context."""
+    path = write_tiny_model(tmp_path / "lfm2.gguf", arch="lfm2", n_layer=4, n_embd=128)
+    with Session(path, settings=KNORM) as s, Session(path, settings=KNORM) as fresh:
+        s.read(tokens(100))
+        state = bytes(s.save(0))
+        begin = state.index(b"EdKv") + 16
+        end = begin + int.from_bytes(state[begin - 8 : begin], "little") + 8
+        payload, place = state[end:-8], (99).to_bytes(4, "little") + bytes(4)  # and no list of sequences
+        at = [i for i in range(len(payload)) if payload.startswith((1).to_bytes(4, "little") + place, i)]
+        assert at, "the recurrent cell is not where it was"
+        for other in (-7, 98, 100):
+            wrong = bytearray(payload)
+            wrong[at[-1] + 4 : at[-1] + 8] = other.to_bytes(4, "little", signed=True)
+            with pytest.raises(EdgekvError, match="were cleared"):
+                s.load(state[:end] + bytes(wrong) + checksum(wrong), 0)
+            assert s.stats(0).tokens_seen == 0
+            fresh.clear()
+            assert np.array_equal(s.read(tokens(60)), fresh.read(tokens(60)))
+            s.clear()
+        more = bytearray(payload)
+        more[at[-1] : at[-1] + 4] = (2).to_bytes(4, "little")  # cells; a sequence has one
+        with pytest.raises(EdgekvError, match="were cleared"):
+            s.load(state[:end] + bytes(more) + checksum(more), 0)
+
+
 def test_moved_cells_that_are_not_there(model):
     with Session(model, settings=KNORM) as s:
         s.read(tokens(30))

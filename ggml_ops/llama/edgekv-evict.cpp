@@ -164,7 +164,19 @@ bool llama_edgekv_evictor::is_in_order(uint32_t strm) const {
             return false;
         }
     }
-    return !caches.recr || caches.recr->seq_pos_max(seq) == past - 1;
+    if (!caches.recr) {
+        return true;
+    }
+    uint32_t n = 0;
+    for (const auto & cell : caches.recr->cells) {
+        if (cell.has_seq_id(seq)) {
+            n += 1;
+            if (cell.pos != past - 1) {
+                return false;
+            }
+        }
+    }
+    return n == (past > 0 ? 1 : 0);
 }
 
 void llama_edgekv_evictor::drop(uint32_t strm) {
@@ -175,6 +187,11 @@ void llama_edgekv_evictor::drop(uint32_t strm) {
         }
     }
     if (caches.recr) {
+        for (auto & cell : caches.recr->cells) {
+            if (cell.has_seq_id((llama_seq_id) strm)) {
+                cell.pos = std::max(cell.pos, 0); // else seq_rm() passes it by
+            }
+        }
         caches.recr->seq_rm((llama_seq_id) strm, -1, -1);
     }
     if (auto * select = kv.get_select()) {

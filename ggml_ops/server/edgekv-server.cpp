@@ -481,7 +481,7 @@ void edgekv_force_named_tool(json & body) {
     }
     const json & choice   = body.at("tool_choice");
     const json   function = json_value(choice, "function", json::object());
-    const auto   name     = json_value(function, "name", std::string());
+    const auto   name     = json_value(function, "name", json_value(choice, "name", std::string())); // /v1/responses has it there
     if (json_value(choice, "type", std::string()) != "function" || name.empty()) {
         throw std::invalid_argument("tool_choice: give auto, none, required, or "
                                     "{\"type\": \"function\", \"function\": {\"name\": ...}}");

@@ -34,7 +34,9 @@ def one(data: bytes) -> None:
         raise AssertionError(f"{took:.1f} s for one input")
 
 
-atheris.Setup([sys.argv[0], *sys.argv[3:], str(corpus)], one)
+rest = sys.argv[3:]
+given = any(not word.startswith("-") for word in rest)  # then that input alone, a folder beside it would hide it
+atheris.Setup([sys.argv[0], *rest, *([] if given else [str(corpus)])], one)
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + MEMORY
 resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -122,9 +122,11 @@ def request(rng: random.Random, server: Served) -> str:
         connection.request(method, path, data, headers)
         answer = connection.getresponse()
         content = answer.read()
-    except (TimeoutError, ConnectionError, http.client.HTTPException):
+    except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
         if leaves:
             return "left"
+        if isinstance(error, TimeoutError):
+            raise
         if server.alive():
             return "closed"
         raise
@@ -137,7 +139,10 @@ def request(rng: random.Random, server: Served) -> str:
 
 def resident(server: Served) -> int:
     """Bytes."""
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    path = Path(f"/proc/{server.process.pid}/status")
+    if not path.exists():  # only Linux says so
+        return 0
+    status = path.read_text()
     return int(status.split("VmRSS:")[1].split()[0]) << 10
 
 
