@@ -503,8 +503,9 @@ def test_the_readme_on_a_real_model(tmp_path, monkeypatch, smollm2):
     monkeypatch.chdir(tmp_path)
     for name in ("MODEL.gguf", "smollm2-135m"):
         (tmp_path / name).symlink_to(smollm2)
-    (tmp_path / "book.txt").write_text(calibrate.default_text()[:12000])
-    monkeypatch.setattr(sys.modules[__name__], "SMALLER", {name: {"-n": "16"} for name in ("run", "chat")})
+    (tmp_path / "book.txt").write_text(calibrate.default_text()[:9000])
+    short = {"-n": "16", "-t": "1"}
+    monkeypatch.setattr(sys.modules[__name__], "SMALLER", {"run": short, "chat": short, "convert": {"-t": "1"}})
     text = (ROOT / "README.md").read_text()
     tried = [line for block in blocks(text, "sh") for line in lines_of(block)
              if re.match(r"edgekv (convert MODEL|run|chat|inspect)", line) and "--rpc" not in line]
