@@ -42,9 +42,9 @@ from test_filters import random_filters
 from tinymodel import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
-# docs/cli.md is written from the commands; plan.md is a plan
+# docs/cli.md is written from the commands
 DOCUMENTS = [ROOT / "README.md",
-             *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in ("cli.md", "plan.md")),
+             *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "cli.md"),
              ROOT / "benchmarks/README.md"]
 PROGRAM = r"(?:edgekv|(?:\.venv/bin/)?python3?|pip|pytest|tools/[\w.-]+)"
 ASSIGNMENTS = r"(?:[A-Z_]+=(?:\"[^\"]*\"|\S+)\s+)*"
@@ -56,6 +56,7 @@ _GPU = "wants a GPU"
 _LARGE = "a large download"
 _TORCH = "needs torch; tests/test_hf.py converts checkpoints"
 _MEASURES = "measures for minutes or hours; its code has tests of its own"
+_8B = "a file without weights; tests/test_plan.py writes it and plans for it"
 _PIN = "of another pin; tests/test_patches.py tries unpack, a broken patch, resume and refresh"
 UNTRIED = {
     # tools of their own
@@ -84,6 +85,9 @@ UNTRIED = {
     "tools/llama_source.py unpack --dest build/tree": "tests/test_patches.py does, elsewhere",
     "tools/llama_source.py refresh --tree build/tree": "tests/test_patches.py does, elsewhere",
     "tools/llama_source.py check": "tests/test_patches.py does",
+    "python tests/header.py 8b.gguf": _8B,
+    "edgekv plan 8b.gguf --ctx 131072 --gpu rtx4060": _8B,
+    "edgekv run 8b.gguf -c 131072 -ngl -1 -ctk q4_0 -ctv q4_0 --kv-evict kvdiff+qfilters+recency --kv-budget 66816": _8B,
     "python tests/families.py --table": _TORCH,
     "python tests/unpatched.py": _BUILD,
     "python benchmarks/attention.py -o json": _MEASURES,
