@@ -151,10 +151,13 @@ def test_a_tool_by_its_name(tool_client, name):
 
 
 def test_a_tool_by_its_name_over_the_responses_api(tool_client):
-    tools = [{"type": "function", **t["function"]} for t in TOOLS]
-    answer = tool_client.responses.create(model="any", input="What is the weather in Berlin?", tools=tools, temperature=0,
-                                          max_output_tokens=100, tool_choice={"type": "function", "name": "population"})
-    assert [item.name for item in answer.output if item.type == "function_call"] == ["population"]
+    """Where the name stands elsewhere; the model may talk before the call."""
+    how = dict(model="any", input="What is the weather in Berlin?", temperature=0, max_output_tokens=20,
+               tools=[{"type": "function", **t["function"]} for t in TOOLS])
+    answer = tool_client.responses.create(**how, tool_choice={"type": "function", "name": "population"})
+    assert answer.usage.output_tokens > 0 and {i.name for i in answer.output if i.type == "function_call"} <= {"population"}
+    with pytest.raises(openai.BadRequestError, match="no tool named wether"):
+        tool_client.responses.create(**how, tool_choice={"type": "function", "name": "wether"})
 
 
 def test_a_template_without_tools(client):
