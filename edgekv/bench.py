@@ -46,11 +46,10 @@ from edgekv.gguf_file import GGUF
 from edgekv.llama import load_filters
 from edgekv.rpc import exit_on_loss, gpu_layers
 from edgekv.session import CACHE_TYPES, Session, default_threads
-from edgekv.settings import EvictionSettings, SelectionSettings, needs_filters
+from edgekv.settings import FLOAT_TYPES, EvictionSettings, SelectionSettings, needs_filters
 
 import llama_cpp
 
-_FLOAT_TYPES = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def plan(
                 raise EdgekvError(f"{flag} {name}: unknown cache type, choose one of {', '.join(CACHE_TYPES)}")
     if not all(flash_attn):
         for name in types_v:
-            if name not in _FLOAT_TYPES:
+            if name not in FLOAT_TYPES:
                 raise EdgekvError(f"-ctv {name}: a quantised V needs flash attention, drop off from -fa")
 
     if "quest" not in kv_select:  # says which flag is too much

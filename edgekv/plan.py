@@ -27,11 +27,9 @@ import numpy as np
 
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF, TENSOR_TYPES
-from edgekv.settings import DEFAULT_POLICY, EvictionSettings, needs_filters, needs_queries
+from edgekv.settings import DEFAULT_POLICY, FLOAT_TYPES, EvictionSettings, needs_filters, needs_queries
 
 GIB = 1 << 30
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-FLOAT_TYPES = ("f32", "f16", "bf16")
 LADDER = ("f16", "q8_0", "q4_0")  # caches, the most exact first: docs/quality.md says what they cost
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 PAD = 256  # cells are allocated in steps of

@@ -150,13 +150,11 @@ def _remove_stale(path: str) -> None:
             raise EdgekvError(f"--host {path}: is a file, and no socket; give another path")
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1)
-            probe.connect(path)
-    except ConnectionRefusedError:
-        try:
-            os.unlink(path)
-        except OSError as error:
-            raise EdgekvError(f"--host {path}: {(error.strerror or str(error)).lower()}; give another path") from None
-        return
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+                return
     except FileNotFoundError:
         return
     except OSError as error:

@@ -12,6 +12,8 @@ POLICIES = ("none", "kvdiff+qfilters+recency", "kvdiff", "qfilters", "qfilters+k
 MODES = ("bounded", "prompt")
 SELECTIONS = ("none", "quest")
 PAGE_SIZES = (8, 16, 32, 64)
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+FLOAT_TYPES = CACHE_TYPES[:3]  # the others are quantised, and V of such a type needs flash attention
 
 # the default where something has to be evicted: see docs/quality.md
 DEFAULT_POLICY = "kvdiff+qfilters+recency"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,7 +13,9 @@ from edgekv.cli.common import format_bytes
 from edgekv.cli.talk import read_text, say
 from edgekv.errors import EdgekvError
 from edgekv.settings import (
+    CACHE_TYPES,
     DEFAULT_POLICY,
+    FLOAT_TYPES,
     PAGE_SIZES,
     POLICIES,
     SELECTIONS,
@@ -24,8 +25,6 @@ from edgekv.settings import (
 )
 
 _MIB = 1 << 20
-
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 
 def _help_all(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -195,7 +194,7 @@ def open_llama(model: str, **options: Any):
     selection = settle(o, gguf, servers, checkpoints=o.cache_ram * _MIB)
 
     threads = o.n_threads or default_threads()
-    quantised = o.type_v not in ("f32", "f16", "bf16")
+    quantised = o.type_v not in FLOAT_TYPES
     llama = Llama(
         model,
         qfilters=filters_for(model, n_threads=threads, say=say) if needs_filters(o.kv_evict) else None,
@@ -234,7 +233,7 @@ def settle(o: SimpleNamespace, gguf, servers: list, **room: Any) -> SelectionSet
         EdgekvError: naming the flag that is wrong, or two that do not go together.
     """
     o.n_ubatch = min(o.n_ubatch, o.n_batch)
-    if o.flash_attn == "off" and o.type_v not in ("f32", "f16", "bf16"):
+    if o.flash_attn == "off" and o.type_v not in FLOAT_TYPES:
         raise EdgekvError(f"-ctv {o.type_v}: a quantised V needs flash attention, drop -fa off")
     if o.kv_evict == "none":
         for flag, value in (("--kv-budget", o.kv_budget), ("--kv-window", o.kv_window)):
@@ -315,20 +314,20 @@ def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, 
         per_token += summaries
         full = ((gguf.kv_bytes_per_token(*blocks) or 0) + summaries) * n_ctx * n_slots
 
-        def room(aside: int) -> float:
-            free = _free_bytes(servers, n_gpu_layers, gguf, aside)
+        def room(free: int) -> int:
             # the model's pages and the compute buffers want room too
-            return math.inf if free is None else max(0, free - gguf.size) * 4 // 5
+            return max(0, free - gguf.size) * 4 // 5
 
+        free = _free_bytes(servers, n_gpu_layers, gguf, aside)
         each = f" in each of {n_slots} slots" if n_slots > 1 else ""
-        if full <= room(aside):
+        if free is None or full <= room(free):
             tell(f"the whole context of {n_ctx:,} tokens{each} fits the free memory ({format_bytes(full)}): nothing is "
                  "evicted")
             return "none", None
         # layers with sliding windows keep those, which are small beside the context
-        tokens = int(room(aside + checkpoints)) // n_slots // max(per_token, 1) - n_ubatch
+        free = _free_bytes(servers, n_gpu_layers, gguf, aside + checkpoints)
+        tokens = room(free) // n_slots // max(per_token, 1) - n_ubatch
         if tokens < 256:
-            free = _free_bytes(servers, n_gpu_layers, gguf, aside + checkpoints)
             raise EdgekvError(f"{gguf.path}: {format_bytes(free)} of free memory are not enough for "
                               + (f"{n_slots} KV caches: lower -np" if n_slots > 1 else "a KV cache"))
         budget = str(tokens)

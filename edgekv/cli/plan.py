@@ -12,7 +12,16 @@ import click
 from edgekv import plan as library
 from edgekv.cli.common import format_bytes, model_option
 from edgekv.errors import EdgekvError
-from edgekv.settings import DEFAULT_POLICY, PAGE_SIZES, POLICIES, SELECTIONS, SelectionSettings, parse_budget
+from edgekv.settings import (
+    CACHE_TYPES,
+    DEFAULT_POLICY,
+    FLOAT_TYPES,
+    PAGE_SIZES,
+    POLICIES,
+    SELECTIONS,
+    SelectionSettings,
+    parse_budget,
+)
 from edgekv.table import markdown, to_json
 
 SHARES = (4, 8, 16)  # of the context, budgets that are shown where nobody says which
@@ -29,9 +38,9 @@ MAX_CTX = 2**31 - 1
               help="Layers on the GPU, the last ones; -1: all, 0: plans for main memory [default: all].")
 @click.option("-np", "--parallel", "n_parallel", type=click.IntRange(min=1, max=256), metavar="N",
               help="Slots of a server that share the context: plans for edgekv serve [default: for edgekv run].")
-@click.option("-ctk", "--cache-type-k", "type_k", type=click.Choice(library.CACHE_TYPES),
+@click.option("-ctk", "--cache-type-k", "type_k", type=click.Choice(CACHE_TYPES),
               help="Type of K in the cache [default: f16, q8_0 and q4_0 are compared].")
-@click.option("-ctv", "--cache-type-v", "type_v", type=click.Choice(library.CACHE_TYPES),
+@click.option("-ctv", "--cache-type-v", "type_v", type=click.Choice(CACHE_TYPES),
               help="Type of V in the cache [default: as -ctk; with it f16].")
 @click.option("-fa", "--flash-attn", type=click.Choice(("on", "off", "auto")), default="auto", show_default=True,
               help="Flash attention. auto: on a GPU, for quantised V, and in a server.")
@@ -105,7 +114,7 @@ class _Plan:
         def make(names: tuple[str, str]) -> library.Setting:
             # the server's auto leaves it on wherever it works, ours where it is faster
             fa = flash_attn == "on" or flash_attn == "auto" and (
-                self.server or not on_cpu or names[1] not in library.FLOAT_TYPES or bool(base.page_size))
+                self.server or not on_cpu or names[1] not in FLOAT_TYPES or bool(base.page_size))
             return replace(base, type_k=names[0], type_v=names[1], flash_attn=fa)
 
         self.notes = list(model.notes)
@@ -115,7 +124,7 @@ class _Plan:
                 library.memory(model, make(names))
                 self.caches.append(make(names))
             except EdgekvError as error:
-                if chosen or names[1] in library.FLOAT_TYPES:
+                if chosen or names[1] in FLOAT_TYPES:
                     raise
                 self.notes.append(str(error).removeprefix(f"{model.path}: "))
         if n_ctx // base.n_seq > model.n_ctx_train > 0:
@@ -128,40 +137,47 @@ class _Plan:
             self.notes.append(f"the cache cannot be evicted from: {model.no_evict}")
 
         self.kv_budget = kv_budget
+        self._proposed: dict[tuple[str, int], list[library.Proposal]] = {}
         self.proposals = [] if device is None else self._propose(device)
-        self.rows = [*self.caches, *self._evictions(kv_budget)]
+        self.rows = [*self.caches, *self._evictions()]
         if not base.page_size and not model.no_select and flash_attn != "off":
             self.rows.append(replace(self.caches[0], page_size=16, flash_attn=True))
         self.rows += [p.setting for p in self.proposals if p.setting.policy != "none" and p.setting not in self.rows]
         self.found = [library.memory(model, s) for s in self.rows]
 
-    def _budget(self, text: str, s: library.Setting) -> int:
-        return parse_budget(text, n_ctx=s.n_ctx_seq, bytes_per_token=library.token_bytes(self.model, s))
+    def _budget(self, s: library.Setting) -> int:
+        """The one that somebody wants."""
+        return parse_budget(self.kv_budget, n_ctx=s.n_ctx_seq, bytes_per_token=library.token_bytes(self.model, s))
 
-    def _evictions(self, kv_budget: str | None) -> list[library.Setting]:
+    def _evictions(self) -> list[library.Setting]:
         if self.policy == "none":
             return []
         s = replace(self.caches[0], policy=self.policy)
-        if kv_budget is not None:
-            budgets = [self._budget(kv_budget, s)]
+        if self.kv_budget is not None:
+            budgets = [self._budget(s)]
         else:
             budgets = [n for share in SHARES if (n := s.n_ctx_seq // share) >= library.MIN_BUDGET]
         return [replace(s, budget=n) for n in budgets if n < s.n_ctx_seq]
 
     def _propose(self, device: library.Device) -> list[library.Proposal]:
-        kv_budget = self.kv_budget
+        key = device.kind, device.memory  # that is all that tells one card from another here
+        if key not in self._proposed:
+            self._proposed[key] = self._proposals_for(device)
+        return self._proposed[key]
+
+    def _proposals_for(self, device: library.Device) -> list[library.Proposal]:
         result = library.propose(self.model, self.caches, device, self.leave, self.policy)
-        if kv_budget is None or result[0].setting.policy == "none":
+        if self.kv_budget is None or result[0].setting.policy == "none":
             return result
         # a budget that somebody wants: in the most exact cache that it fits in
         room = device.room(self.leave)
         for s in self.caches:
-            s = replace(s, policy=self.policy, budget=min(self._budget(kv_budget, s), s.n_ctx_seq))
+            s = replace(s, policy=self.policy, budget=min(self._budget(s), s.n_ctx_seq))
             found = library.memory(self.model, s)
             if device.needs(found) <= room:
                 return [library.Proposal(s, found, True, f"no full cache fits; {s.budget:,} tokens do, in {s.type_k}"),
                         *result[1:]]
-        return [replace(result[0], why=f"--kv-budget {kv_budget} fits no cache; {result[0].why}"), *result[1:]]
+        return [replace(result[0], why=f"--kv-budget {self.kv_budget} fits no cache; {result[0].why}"), *result[1:]]
 
     # --- for people --------------------------------------------------------------------------------------------------
 
@@ -205,7 +221,8 @@ class _Plan:
             text += (f"{self.device.title}: {format_bytes(self.device.memory)}, of which {format_bytes(room)} may be "
                      "filled (--fit-target says what stays free)\n")
         for i, p in enumerate(self.proposals):
-            text += f"\n{'or' if i else 'proposed' if p.fits else 'nothing fits'}: {p.why} ({format_bytes(self.device.needs(p.memory))})\n"
+            word = "or" if i else "proposed" if p.fits else "nothing fits"
+            text += f"\n{word}: {p.why} ({format_bytes(self.device.needs(p.memory))})\n"
             text += f"    {self.command(p.setting)}\n" if p.fits else ""
         return text + "".join(f"\nnote: {note}\n" for note in self.notes)
 

@@ -37,12 +37,11 @@ from edgekv.filters import QFilters
 from edgekv.gguf_file import GGUF
 from edgekv.progress import bar
 from edgekv.session import CACHE_TYPES, Session, Vocabulary
-from edgekv.settings import needs_filters
+from edgekv.settings import FLOAT_TYPES, needs_filters
 
 BLOCK = 64  # tokens: losses that are near each other are not independent, so whole blocks are drawn
 N_RESAMPLES = 10_000
 _HELD = 1 << 21  # numbers held at a time
-_FLOAT_TYPES = ("f32", "f16", "bf16")
 
 
 class Records(Protocol):
@@ -249,7 +248,7 @@ def prepare(
         for flag, name in (("-ctk", s.type_k), ("-ctv", s.type_v)):
             if name not in CACHE_TYPES:
                 raise EdgekvError(f"{flag} {name}: unknown cache type, choose one of {', '.join(CACHE_TYPES)}")
-        if not flash_attn and s.type_v not in _FLOAT_TYPES:
+        if not flash_attn and s.type_v not in FLOAT_TYPES:
             raise EdgekvError(f"-ctv {s.type_v}: a quantised V needs flash attention: -fa on")
         if not flash_attn and s.selection.needs_flash_attention:
             raise EdgekvError(f"{s.label}: needs flash attention: -fa on")

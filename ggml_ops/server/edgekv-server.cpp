@@ -175,16 +175,6 @@ void save(int id_slot, server_prompt & prompt, const llama_edgekv_sequence & seq
     all.push_back(std::move(c));
 }
 
-// one slot in the figures of all
-struct slot_figures {
-    llama_edgekv_sequence seq = {};
-
-    size_t n_checkpoints    = 0;
-    size_t checkpoint_bytes = 0;
-};
-
-void publish(const llama_edgekv_stats & all, const std::vector<slot_figures> & slots);
-
 } // namespace
 
 // --- start ----------------------------------------------------------------------------------------------------------
@@ -242,15 +232,6 @@ void edgekv_server_attach(llama_context * ctx, const common_params & params) {
             s.trace.open(file);
         }
     }
-}
-
-void edgekv_server_detach() {
-    auto & s = self();
-    if (s.ctx && edgekv_enabled()) {
-        s.before += counts(stats(-1));
-        publish({}, std::vector<slot_figures>(s.n_slots)); // a server that sleeps has no cache
-    }
-    s.ctx = nullptr;
 }
 
 bool edgekv_evicts()  { return self().evicts; }
@@ -540,25 +521,15 @@ void edgekv_figures::add_to(common_json & timings) const {
     timings["kv_checkpoint_used"] = from_checkpoint ? 1 : 0;
 }
 
-void edgekv_snapshot(bool now, const std::function<const server_prompt &(int)> & prompt) {
-    auto & s = self();
-    if (!s.ctx || !edgekv_enabled()) {
-        return;
-    }
-    const int64_t t = ggml_time_us();
-    if (!now && t < s.t_snapshot + SNAPSHOT_US) {
-        return;
-    }
-    s.t_snapshot = t;
-
-    std::vector<slot_figures> slots;
-    for (int i = 0; i < s.n_slots; ++i) {
-        slots.push_back({ sequence(i), prompt(i).checkpoints.size(), bytes(prompt(i)) });
-    }
-    publish(stats(-1), slots);
-}
-
 namespace {
+
+// one slot in the figures of all
+struct slot_figures {
+    llama_edgekv_sequence seq = {};
+
+    size_t n_checkpoints    = 0;
+    size_t checkpoint_bytes = 0;
+};
 
 void publish(const llama_edgekv_stats & all, const std::vector<slot_figures> & slots) {
     auto & s = self();
@@ -644,6 +615,33 @@ void publish(const llama_edgekv_stats & all, const std::vector<slot_figures> & s
 }
 
 } // namespace
+
+void edgekv_snapshot(bool now, const std::function<const server_prompt &(int)> & prompt) {
+    auto & s = self();
+    if (!s.ctx || !edgekv_enabled()) {
+        return;
+    }
+    const int64_t t = ggml_time_us();
+    if (!now && t < s.t_snapshot + SNAPSHOT_US) {
+        return;
+    }
+    s.t_snapshot = t;
+
+    std::vector<slot_figures> slots;
+    for (int i = 0; i < s.n_slots; ++i) {
+        slots.push_back({ sequence(i), prompt(i).checkpoints.size(), bytes(prompt(i)) });
+    }
+    publish(stats(-1), slots);
+}
+
+void edgekv_server_detach() {
+    auto & s = self();
+    if (s.ctx && edgekv_enabled()) {
+        s.before += counts(stats(-1));
+        publish({}, std::vector<slot_figures>(s.n_slots)); // a server that sleeps has no cache
+    }
+    s.ctx = nullptr;
+}
 
 json edgekv_json() {
     std::lock_guard<std::mutex> lock(g_mutex);
