@@ -13,6 +13,7 @@ from edgekv.filters import model_fingerprint
 from edgekv.gguf_file import GGUF
 from edgekv.llama import Llama
 from edgekv.session_file import SavedSession
+from edgekv.settings import RopeSettings
 
 _BEHIND_A_DOCUMENT = "\n\n"
 
@@ -117,7 +118,10 @@ class Conversation:
         """Write messages and cache to a file. EdgekvError if it cannot be written."""
         llama = self.llama
         SavedSession(np.array(llama.input_ids[: llama.n_tokens], np.int32), native.save_state(llama.ctx), self.messages,
-                     model_fingerprint(GGUF(llama.model_path))).write(path)
+                     model_fingerprint(GGUF(llama.model_path)), self._rope()).write(path)
+
+    def _rope(self) -> str:
+        return str(RopeSettings.of(self.llama.context_params))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on with a saved conversation. EdgekvError, with nothing changed, if the file is damaged or was saved with
@@ -125,6 +129,9 @@ class Conversation:
         saved, llama = SavedSession.read(path), self.llama
         if saved.model_sha256 != model_fingerprint(GGUF(llama.model_path)):
             raise EdgekvError(f"{path}: was saved with another model")
+        if saved.rope != self._rope():
+            there = saved.rope or "that of the model"
+            raise EdgekvError(f"{path}: was saved with another RoPE scaling, {there}: give the same --rope-... options")
         if len(saved.tokens) > llama.n_ctx():
             raise EdgekvError(f"{path}: has {len(saved.tokens)} tokens, the context {llama.n_ctx()}: use a larger -c")
         try:

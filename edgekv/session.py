@@ -13,7 +13,7 @@ import numpy as np
 from edgekv import native, rpc
 from edgekv.errors import EdgekvError
 from edgekv.filters import QFilters
-from edgekv.settings import EvictionSettings, SelectionSettings
+from edgekv.settings import EvictionSettings, RopeSettings, SelectionSettings
 
 import llama_cpp
 
@@ -120,6 +120,7 @@ class Session(Vocabulary):
         n_gpu_layers, rpc_servers: see :func:`load_model`.
         offload_kqv: the cache of layers that are elsewhere is there too.
         settings, filters, selection, tap_queries: see :func:`edgekv.native.set_next`.
+        rope: how positions are stretched; default: as the model says.
 
     Raises:
         EdgekvError: the model cannot be loaded or the context cannot be created.
@@ -146,6 +147,7 @@ class Session(Vocabulary):
         filters: QFilters | None = None,
         selection: SelectionSettings | None = None,
         tap_queries: bool = False,
+        rope: RopeSettings | None = None,
     ):
         self._hold(load_model(path, n_gpu_layers=n_gpu_layers, rpc_servers=rpc_servers))
 
@@ -160,6 +162,8 @@ class Session(Vocabulary):
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
+        for name, value in (rope or RopeSettings()).params().items():
+            setattr(params, name, value)
         self.per_query_head = selection is not None and selection.per_query_head
         native.set_next(settings, filters, selection, tap_queries)
         self.ctx = llama_cpp.llama_init_from_model(self.model, params)

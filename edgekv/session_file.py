@@ -2,7 +2,8 @@
 
 A safetensors file: ``tokens`` int32 and ``state`` uint8 (the runtime's own format, with settings and checksums inside);
 in the metadata ``format``, ``version``, ``model_sha256`` (:func:`edgekv.filters.model_fingerprint`), ``messages`` as JSON,
-and ``sha256`` over tokens, state, messages and model_sha256.
+``rope`` if positions were stretched (:class:`edgekv.settings.RopeSettings`), and ``sha256`` over tokens, state, messages,
+model_sha256 and what there is of rope.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ VERSION = "1"
 
 @dataclass
 class SavedSession:
-    """What a session file holds. ``tokens``: what the cache had read, int32."""
+    """What a session file holds. ``tokens``: what the cache had read, int32; ``rope``: how its positions are stretched."""
 
     tokens: np.ndarray
     state: np.ndarray
     messages: list[dict]
     model_sha256: str
+    rope: str = ""
 
     def _digest(self, messages: str) -> str:
         h = hashlib.sha256()
-        for part in (self.tokens.astype("<i4").tobytes(), self.state.tobytes(), messages.encode(),
-                     self.model_sha256.encode()):
+        parts = [self.tokens.astype("<i4").tobytes(), self.state.tobytes(), messages.encode(), self.model_sha256.encode()]
+        if self.rope:
+            parts.append(self.rope.encode())
+        for part in parts:
             h.update(len(part).to_bytes(8, "little"))
             h.update(part)
         return h.hexdigest()
@@ -58,7 +62,7 @@ class SavedSession:
 
         messages = json.dumps(self.messages, ensure_ascii=False)
         metadata = {"format": FORMAT, "version": VERSION, "model_sha256": self.model_sha256, "messages": messages,
-                    "sha256": self._digest(messages)}
+                    "sha256": self._digest(messages)} | ({"rope": self.rope} if self.rope else {})
         tensors = {"tokens": np.ascontiguousarray(self.tokens, np.int32), "state": np.ascontiguousarray(self.state)}
         atomic.write(path, [save(tensors, metadata)])
 
@@ -78,7 +82,7 @@ class SavedSession:
                     raise EdgekvError(f"{path}: is a session of format version {metadata.get('version')}, this edgekv "
                                       f"reads version {VERSION}")
                 found = cls(file.get_tensor("tokens"), file.get_tensor("state"), json.loads(metadata["messages"]),
-                            metadata["model_sha256"])
+                            metadata["model_sha256"], metadata.get("rope", ""))
         except OSError as e:
             raise EdgekvError(f"{path}: cannot be read: {e.strerror or e}") from None
         # a type that NumPy has not is none of safetensors' own errors

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from edgekv.errors import EdgekvError
 
@@ -178,6 +179,98 @@ class SelectionSettings:
         if self.method == "none":
             return "none, grouped attention" if self.grouped_attention else "none"
         return f"{self.method} {self.budget or 'auto'}, pages of {self.page_size}, {self.dense_layers} dense layers"
+
+
+# as llama.cpp's enum llama_rope_scaling_type counts them
+ROPE_SCALINGS = {"none": 0, "linear": 1, "yarn": 2}
+
+
+@dataclass(frozen=True)
+class RopeSettings:
+    """How positions are stretched, so that a model reads more than it was trained on; the defaults are the model's own.
+
+    The attributes are those of ``llama_context_params`` without their ``rope_`` and ``yarn_``; see :meth:`params`.
+    """
+
+    scaling_type: int = -1
+    freq_base: float = 0.0
+    freq_scale: float = 0.0
+    ext_factor: float = -1.0
+    attn_factor: float = -1.0
+    beta_fast: float = -1.0
+    beta_slow: float = -1.0
+    orig_ctx: int = 0
+
+    @classmethod
+    def resolve(
+        cls,
+        rope_scaling: str | None = None,
+        rope_scale: float | None = None,
+        rope_freq_base: float | None = None,
+        rope_freq_scale: float | None = None,
+        yarn_orig_ctx: int | None = None,
+        yarn_ext_factor: float | None = None,
+        yarn_attn_factor: float | None = None,
+        yarn_beta_slow: float | None = None,
+        yarn_beta_fast: float | None = None,
+    ) -> RopeSettings:
+        """Check what the user wrote, under the names of llama.cpp's flags.
+
+        Args:
+            rope_scale: how many times longer the context becomes; ``1 / rope_freq_scale``.
+
+        Raises:
+            EdgekvError: naming the flag that is wrong, or two that do not go together.
+        """
+        if rope_scaling not in (None, *ROPE_SCALINGS):
+            raise EdgekvError(f"--rope-scaling {rope_scaling}: choose one of {', '.join(ROPE_SCALINGS)}")
+        for flag, value in (("--rope-scale", rope_scale), ("--rope-freq-base", rope_freq_base),
+                            ("--rope-freq-scale", rope_freq_scale), ("--yarn-orig-ctx", yarn_orig_ctx)):
+            # what a float32 holds
+            if value is not None and not 1e-30 < value < 1e30:
+                raise EdgekvError(f"{flag} {value}: must be a number above 0")
+        factors = {"ext_factor": yarn_ext_factor, "attn_factor": yarn_attn_factor, "beta_fast": yarn_beta_fast,
+                   "beta_slow": yarn_beta_slow}
+        for name, value in factors.items():
+            if value is not None and not 0 <= value < 1e30:  # llama.cpp takes negative ones for the model's own
+                raise EdgekvError(f"--yarn-{name.replace('_', '-')} {value}: must be a number, 0 or above")
+        if rope_scale is not None and rope_freq_scale is not None:
+            raise EdgekvError("--rope-scale and --rope-freq-scale say the same, one is 1 over the other: drop one of them")
+        if rope_scaling == "none" and (rope_scale or rope_freq_scale):
+            raise EdgekvError(f"--rope-scaling none stretches nothing: drop it, or --rope-{'scale' if rope_scale else 'freq-scale'}")
+        if rope_scaling != "yarn":
+            for flag, value in (("orig-ctx", yarn_orig_ctx), *((n.replace("_", "-"), v) for n, v in factors.items())):
+                if value is not None and rope_scaling is not None:
+                    raise EdgekvError(f"--yarn-{flag} needs --rope-scaling yarn")
+        return cls(-1 if rope_scaling is None else ROPE_SCALINGS[rope_scaling], rope_freq_base or 0.0,
+                   1 / rope_scale if rope_scale else rope_freq_scale or 0.0,
+                   **{name: -1.0 if value is None else value for name, value in factors.items()},
+                   orig_ctx=yarn_orig_ctx or 0)
+
+    def params(self) -> dict[str, float]:
+        """Fields of ``llama_context_params``, and arguments of ``llama_cpp.Llama``, for what is not the model's own."""
+        rope = ("scaling_type", "freq_base", "freq_scale")
+        return {f"{'rope' if name in rope else 'yarn'}_{name}": value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, params) -> RopeSettings:
+        """Those of ``llama_context_params``, but for YaRN's factors where YaRN was not asked for: llama.cpp and the
+        bindings have other values for none."""
+        found = cls(params.rope_scaling_type, params.rope_freq_base, params.rope_freq_scale)
+        if found.scaling_type != ROPE_SCALINGS["yarn"]:
+            return found
+        return replace(found, **{name: getattr(params, f"yarn_{name}")
+                                 for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow", "orig_ctx")})
+
+    def trained(self, n_ctx: int) -> int:
+        """The context of a model trained on ``n_ctx`` tokens, as these settings stretch it."""
+        return n_ctx if not self.freq_scale else math.floor(n_ctx / self.freq_scale + 1e-3)
+
+    def __str__(self) -> str:
+        default = asdict(RopeSettings())
+        names = {number: name for name, number in ROPE_SCALINGS.items()}
+        return ", ".join(f"{name} {names[value] if name == 'scaling_type' else format(value, 'g')}"
+                         for name, value in asdict(self).items() if value != default[name])
 
 
 def parse_budget(text: int | str, *, n_ctx: int, bytes_per_token: int = 0) -> int:

@@ -13,7 +13,9 @@ import pytest
 
 from edgekv.conversation import Conversation
 from edgekv.errors import EdgekvError
+from edgekv.llama import Llama
 from edgekv.session_file import SavedSession
+from edgekv.settings import RopeSettings
 from process import EDGEKV, python
 from replay import Recorded, greedy
 from tinymodel import write_tiny_model
@@ -191,6 +193,27 @@ def test_session_files_come_back(session_file):
     assert os.listdir(session_file.parent) == ["session"]
 
 
+def test_sessions_of_another_rope_scaling(smollm2, tmp_path):
+    talks = [Conversation(Llama(smollm2, n_ctx=256, **RopeSettings.resolve(**rope).params()), sampling={"max_tokens": 4})
+             for rope in ({}, {"rope_scaling": "yarn", "rope_scale": 2.0}, {"rope_scaling": "yarn", "rope_scale": 2.0})]
+    for talk in talks[:2]:
+        list(talk.ask("hello"))
+    talks[0].save(tmp_path / "plain")
+    talks[1].save(tmp_path / "stretched")
+    talks[2].load(tmp_path / "stretched")
+    assert talks[2].messages == talks[1].messages
+    for talk, name, there in ((talks[2], "plain", "that of the model"), (talks[0], "stretched", "scaling_type yarn")):
+        with pytest.raises(EdgekvError, match=f"{name}: was saved with another RoPE scaling, {there}"):
+            talk.load(tmp_path / name)
+    talks[0].load(tmp_path / "plain")
+
+    saved = SavedSession.read(tmp_path / "stretched")
+    assert saved.rope == "scaling_type yarn, freq_scale 0.5"
+    data = (tmp_path / "stretched").read_bytes()
+    (tmp_path / "stretched").write_bytes(data.replace(b"freq_scale 0.5", b"freq_scale 0.6"))
+    refuse(tmp_path / "stretched", "checksum")
+
+
 def refuse(path, why):
     with pytest.raises(EdgekvError, match=why) as error:
         SavedSession.read(path)
@@ -261,7 +284,6 @@ def test_an_answer_without_a_question():
 def test_sessions_of_others(tmp_path, smollm2):
     """Refused with nothing changed: another model, another budget, a smaller context, a stock state."""
     from edgekv import native
-    from edgekv.llama import Llama
 
     def talk(**change):
         options = {**dict(n_ctx=512, n_batch=64, n_ubatch=64, n_threads=2, kv_evict="knorm", kv_budget=96), **change}
@@ -301,8 +323,6 @@ def test_sessions_of_others(tmp_path, smollm2):
 
 def test_turns(smollm2):
     """What messages hold after answers, stops, undo and errors."""
-    from edgekv.llama import Llama
-
     llama = Llama(smollm2, n_ctx=512, n_batch=64, n_ubatch=64, n_threads=2, kv_evict="streaming", kv_budget=128)
     conversation = Conversation(llama, system="Be brief.", sampling=dict(temperature=0, max_tokens=8))
     with pytest.raises(EdgekvError, match="no answer yet"):
@@ -339,8 +359,6 @@ def test_turns(smollm2):
 
 
 def test_no_template(tmp_path):
-    from edgekv.llama import Llama
-
     with pytest.raises(EdgekvError, match="has no chat template"):
         Conversation(Llama(write_tiny_model(tmp_path / "tiny.gguf"), n_threads=1))
 

@@ -35,7 +35,7 @@ from edgekv.convert import convert, save_filters
 from edgekv.filters import QFilters
 from edgekv.gguf_file import GGUF
 from edgekv.native import CacheStats
-from edgekv.settings import EvictionSettings, SelectionSettings
+from edgekv.settings import EvictionSettings, RopeSettings, SelectionSettings
 from hub_server import Hub
 from process import EDGEKV, python
 from test_filters import random_filters
@@ -579,7 +579,7 @@ def test_python_md_has_the_arguments_and_fields():
             taken = inspect.signature(getattr(edgekv.Llama, call.func.id)).parameters
             given = [*(word.id for word in call.args), *(word.arg for word in call.keywords)]
             assert set(given) <= set(taken), call.func.id
-    settings = {"EvictionSettings": EvictionSettings, "SelectionSettings": SelectionSettings}
+    settings = {cls.__name__: cls for cls in (EvictionSettings, SelectionSettings, RopeSettings)}
     for name, cell in rows_of(text, "## Settings"):
         written = {field.split("=")[0]: field.split("=")[1] for field in code_in(cell)}
         fields = settings[code_in(name)[0]].__dataclass_fields__.values()

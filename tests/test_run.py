@@ -10,7 +10,8 @@ from edgekv.convert import convert
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.memory import available_bytes
-from edgekv.settings import EvictionSettings, SelectionSettings, parse_budget
+from edgekv.session import Session
+from edgekv.settings import EvictionSettings, RopeSettings, SelectionSettings, parse_budget
 from process import EDGEKV, edgekv, fails, python
 from test_filters import random_filters
 from tinymodel import write_tiny_model
@@ -120,6 +121,14 @@ def test_selection_of_a_llama(model):
     ("--kv-select quest needs flash attention: drop -fa off", ["-p", "x", "--kv-select", "quest", "-fa", "off"], 1),
     ("--kv-grouped-attn needs flash attention: drop -fa off", ["-p", "x", "--kv-grouped-attn", "-fa", "off"], 1),
     ("'12' is not one of", ["-p", "x", "--kv-select", "quest", "--kv-page-size", "12"], 2),
+    ("--rope-scale 0.0: must be a number above 0", ["-p", "x", "--rope-scale", "0"], 1),
+    ("--rope-freq-base inf: must be a number above 0", ["-p", "x", "--rope-freq-base", "inf"], 1),
+    ("--yarn-orig-ctx -1: must be a number above 0", ["-p", "x", "--yarn-orig-ctx", "-1"], 1),
+    ("--yarn-beta-slow nan: must be a number, 0 or above", ["-p", "x", "--yarn-beta-slow", "nan"], 1),
+    ("--rope-scale and --rope-freq-scale say the same", ["-p", "x", "--rope-scale", "2", "--rope-freq-scale", "0.5"], 1),
+    ("--rope-scaling none stretches nothing", ["-p", "x", "--rope-scaling", "none", "--rope-scale", "2"], 1),
+    ("--yarn-ext-factor needs --rope-scaling yarn", ["-p", "x", "--rope-scaling", "linear", "--yarn-ext-factor", "0"], 1),
+    ("'ntk' is not one of", ["-p", "x", "--rope-scaling", "ntk"], 2),
     ("exceed context window of 256", ["-p", "word " * 100, "-c", "200"], 1),
 ])
 def test_bad_input(model, why, arguments, status):
@@ -163,6 +172,41 @@ def test_spoilt_filters(plain, tmp_path, spoil):
         type(filters).validate = validate
     why = {"nan": "NaN", "zero": "all-zero", "model": "another model"}[spoil]
     fails(why, "run", path, "-p", "x", "--kv-evict", "qfilters", "--kv-budget", 64)
+
+
+def test_context_beyond_training(model):
+    told = "-c 5000 is beyond the 2,048 tokens the model was trained on"
+    r = edgekv("run", model, "-p", "question", "-c", 5000, *RUN)
+    assert r.exit_code == 0 and told in r.stderr and "--rope-scaling yarn --rope-scale 3" in r.stderr
+    scaled = ("--rope-scaling", "yarn", "--rope-scale")
+    assert "stretched to 4,096" in edgekv("run", model, "-p", "question", "-c", 5000, *RUN, *scaled, 2).stderr
+    assert "beyond" not in edgekv("run", model, "-p", "question", "-c", 5000, *RUN, *scaled, 3).stderr
+    assert "beyond" not in edgekv("run", model, "-p", "question", *RUN).stderr
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [
+    ({"rope_scale": 2.0}, {"rope_freq_scale": 0.5}),
+    ({"rope_scaling": "linear", "rope_freq_scale": 0.25}, {"rope_scaling_type": 1, "rope_freq_scale": 0.25}),
+    ({"rope_freq_base": 500.0}, {"rope_freq_base": 500.0}),
+    ({"rope_scaling": "yarn", "rope_scale": 4.0, "yarn_orig_ctx": 64, "yarn_ext_factor": 0.5, "yarn_attn_factor": 1.5,
+      "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0},
+     {"rope_scaling_type": 2, "rope_freq_scale": 0.25, "yarn_orig_ctx": 64, "yarn_ext_factor": 0.5,
+      "yarn_attn_factor": 1.5, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0}),
+])
+def test_rope_scaling(plain, ours, theirs):
+    """Against the bindings, whose parameters are named one by one."""
+    from llama_cpp import Llama as Stock
+
+    tokens = [3 + 7 * i % 250 for i in range(40)]
+
+    def stock(**options):
+        llama = Stock(str(plain), n_ctx=256, n_threads=1, verbose=False, logits_all=True, **options)
+        llama.eval(tokens)
+        return llama.scores[:40].copy()
+
+    with Session(plain, n_ctx=256, n_threads=1, rope=RopeSettings.resolve(**ours)) as session:
+        got = session.decode(tokens, 0, logits="all")
+    assert np.array_equal(got, stock(**theirs)) and not np.allclose(got, stock(), atol=1e-2)
 
 
 def test_help_all_shows_the_rarer_options():

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from edgekv.cli.common import model_option
-from edgekv.cli.options import context_options, open_llama, sampling_options, take_grammar, take_sampling
+from edgekv.cli.options import context_options, open_llama, rope_options, sampling_options, take_grammar, take_sampling
 from edgekv.cli.talk import check_grammar, figures, read_text, say, warn_unpinned
 from edgekv.errors import EdgekvError
 
@@ -24,6 +24,7 @@ from edgekv.errors import EdgekvError
               help="A text to read before the first question, as /file does.")
 @click.option("--session", "session", metavar="FILE", type=click.Path(), help="Go on with what /save has written.")
 @context_options
+@rope_options
 @sampling_options
 @click.pass_context
 def chat(ctx: click.Context, model: str, system: str | None, file: str | None, session: str | None, **options: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,9 @@ from edgekv.settings import (
     FLOAT_TYPES,
     PAGE_SIZES,
     POLICIES,
+    ROPE_SCALINGS,
     SELECTIONS,
+    RopeSettings,
     SelectionSettings,
     needs_filters,
     parse_budget,
@@ -98,6 +102,19 @@ _context_options = [
          help="Tokens computed at once; a bounded cache has room for one ubatch behind the budget."),
 ]
 
+_rope_options = [
+    rare("--rope-scaling", type=click.Choice(tuple(ROPE_SCALINGS)),
+         help="How positions are stretched beyond the trained context [default: as the model says, else linear]."),
+    rare("--rope-scale", type=float, metavar="N", help="Stretch the context N times."),
+    rare("--rope-freq-base", type=float, metavar="N", help="Base frequency of RoPE [default: the model's]."),
+    rare("--rope-freq-scale", type=float, metavar="N", help="Frequency factor of RoPE, 1 / --rope-scale."),
+    rare("--yarn-orig-ctx", type=int, metavar="N", help="YaRN: the context before it is stretched [default: the trained]."),
+    rare("--yarn-ext-factor", type=float, metavar="N", help="YaRN: share of extrapolation, 0: all interpolated."),
+    rare("--yarn-attn-factor", type=float, metavar="N", help="YaRN: factor of the attention's magnitude."),
+    rare("--yarn-beta-slow", type=float, metavar="N", help="YaRN: high correction dimension."),
+    rare("--yarn-beta-fast", type=float, metavar="N", help="YaRN: low correction dimension."),
+]
+
 _sampling_options = [
     click.option("-n", "--predict", "--n-predict", "n_predict", type=int, default=-1, show_default=True,
                  help="Tokens to answer with at most, -1: until the model stops."),
@@ -123,6 +140,27 @@ _grammar_options = [
 def context_options(function: Callable) -> Callable:
     """Adds the options of a context; the command gets them as keyword arguments for :func:`open_llama`."""
     return _apply([*_eviction_options, *_selection_options, *_context_options, _help_all_option], function)
+
+
+def rope_options(function: Callable) -> Callable:
+    """Adds llama.cpp's options of RoPE scaling; the command gets its :class:`RopeSettings` from :func:`take_rope`."""
+    return _apply(_rope_options, function)
+
+
+def take_rope(options: dict[str, Any]) -> RopeSettings:
+    """Takes the options of RoPE scaling out of a command's. EdgekvError, naming the flag, if one is wrong."""
+    return RopeSettings.resolve(**{name: options.pop(name) for name in
+                                   (*signature(RopeSettings.resolve).parameters,) if name in options})
+
+
+def warn_beyond_training(n_ctx: int, gguf, rope: RopeSettings, flag: str = "-c", tell: Callable[[str], None] = say) -> None:
+    """Says that a context is longer than what the model was trained on, stretched as it may be."""
+    trained = rope.trained(gguf.context_length)
+    if 0 < trained < n_ctx:
+        stretched = f", stretched to {trained:,}" if trained > gguf.context_length else ""
+        tell(f"{flag} {n_ctx} is beyond the {gguf.context_length:,} tokens the model was trained on{stretched}: answers "
+             f"may be nonsense there. --rope-scaling yarn --rope-scale {math.ceil(n_ctx / gguf.context_length)} stretches "
+             "positions that far")
 
 
 def sampling_options(function: Callable) -> Callable:
@@ -174,7 +212,7 @@ def take_grammar(options: dict[str, Any]):
 
 
 def open_llama(model: str, **options: Any):
-    """A ready ``edgekv.Llama`` from the options of a context. It says what ``auto`` decided; filters that the model's file
+    """A ready ``edgekv.Llama`` from the options of a context and of RoPE scaling. It says what ``auto`` decided; filters that the model's file
     lacks come from the user's cache folder, calibrated there once."""
     from edgekv.calibrate import filters_for
     from edgekv.gguf_file import GGUF
@@ -185,10 +223,12 @@ def open_llama(model: str, **options: Any):
     from edgekv.session import default_threads
 
     gguf = GGUF(model)
+    rope = take_rope(options)
     o = SimpleNamespace(**options)
     servers = look_at_servers(o.rpc, o.n_gpu_layers)
     o.n_gpu_layers = gpu_layers(o.n_gpu_layers, o.rpc)
     o.n_ctx = o.n_ctx or gguf.context_length
+    warn_beyond_training(o.n_ctx, gguf, rope)
     if o.cache_ram is None:
         o.cache_ram = default_cache_ram()
     selection = settle(o, gguf, servers, checkpoints=o.cache_ram * _MIB)
@@ -215,6 +255,7 @@ def open_llama(model: str, **options: Any):
         type_k=GGML_TYPES[o.type_k],
         type_v=GGML_TYPES[o.type_v],
         flash_attn=o.flash_attn == "on" or (o.flash_attn == "auto" and (o.n_gpu_layers != 0 or quantised)),
+        **rope.params(),
     )
     llama.on_notice = say
     return llama

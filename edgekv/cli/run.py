@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from edgekv.cli.common import model_option
-from edgekv.cli.options import context_options, open_llama, sampling_options, take_grammar, take_sampling
+from edgekv.cli.options import context_options, open_llama, rope_options, sampling_options, take_grammar, take_sampling
 from edgekv.cli.talk import check_grammar, figures, read_text, say, warn_unpinned
 from edgekv.errors import EdgekvError
 
@@ -22,6 +22,7 @@ from edgekv.errors import EdgekvError
 @click.option("-no-cnv", "--no-conversation", "raw", is_flag=True,
               help="Continue the prompt as it is, without the model's chat template.")
 @context_options
+@rope_options
 @sampling_options
 @click.option("--no-stats", is_flag=True, help="Leave out the figures behind the answer.")
 def run(model: str, prompt: str | None, file: str | None, system: str | None, raw: bool, no_stats: bool,
