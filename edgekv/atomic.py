@@ -12,6 +12,16 @@ from pathlib import Path
 from edgekv.errors import EdgekvError
 
 
+def check(path: str | os.PathLike[str], flag: str) -> None:
+    """Check, before the work and not after, that a file can be written there. EdgekvError, naming ``flag``, if not."""
+    path = Path(path)
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise EdgekvError(f"{flag} {path}: is a folder; name a file")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise EdgekvError(f"{flag} {path}: {folder} is no folder that can be written to")
+
+
 def write(path: str | os.PathLike[str], pieces: Iterable[bytes], mode: int | None = None) -> None:
     """Write ``pieces`` to a temporary file beside ``path``, and rename it once it is complete and on disk.
 

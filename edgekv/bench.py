@@ -11,6 +11,9 @@ How it measures:
   tokens, wherever in the cycle they begin. A prompt is repeated until it fills a cycle, too. One test goes on where
   the last one ended: tokens that were evicted cannot come back. ``n_tokens`` says how many tokens were measured.
 - Otherwise nothing is evicted; N tokens are measured at exactly that depth, and removed again.
+- ``fill="copies"``: where nothing is evicted, only the first tokens of the context are read and the rest of its cells are
+  copies of theirs, which takes seconds instead of minutes (:mod:`edgekv.fill`); there is no ``prompt @ dD`` then.
+- A trace notes the memory after each ubatch, and after each 16th token of a decode.
 - The tokens are random but always the same ones; nothing is sampled. Logits of the last token of each batch are
   computed, as by llama-bench.
 - Before anything is timed, every setting with eviction is checked (:func:`_check`), and every run compares the number
@@ -42,19 +45,26 @@ import numpy as np
 import edgekv
 from edgekv import _runtime, native
 from edgekv.errors import EdgekvError
+from edgekv.fill import fill_with_copies
 from edgekv.gguf_file import GGUF
 from edgekv.llama import load_filters
+from edgekv.meter import DeviceMeter, Trace, peak_rss_bytes
 from edgekv.rpc import exit_on_loss, gpu_layers
 from edgekv.session import CACHE_TYPES, Session, default_threads
-from edgekv.settings import FLOAT_TYPES, EvictionSettings, SelectionSettings, needs_filters
+from edgekv.settings import FLOAT_TYPES, EvictionSettings, RopeSettings, SelectionSettings, needs_filters
 
 import llama_cpp
 
 
 
+FILLS = ("read", "copies")
+N_READ = 1024  # tokens that copies are made of
+TRACE_EVERY = 16  # tokens of a decode
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What one run measures; ``depth`` is the number of tokens in the context before the tests."""
+    """What one run measures; ``depth`` is the number of tokens in the context before the tests, ``fill`` one of ``FILLS``."""
 
     eviction: EvictionSettings
     selection: SelectionSettings
@@ -66,11 +76,19 @@ class Setting:
     n_ubatch: int
     n_gpu_layers: int
     rpc: str = ""  # servers, as --rpc has them
+    rope: RopeSettings = RopeSettings()
+    fill: str = "read"
 
     @property
     def evicts(self) -> bool:
         """Whether tokens are evicted for good: below the budget a setting is the same as ``none``."""
         return self.eviction.policy != "none" and self.depth > self.eviction.budget
+
+    @property
+    def copies(self) -> int:
+        """Tokens of the context that are read before the rest is filled with copies of them, 0: it is read."""
+        fits = self.fill == "copies" and self.eviction.policy == "none" and self.depth > N_READ
+        return N_READ if fits else 0
 
     def tokens(self, n: int, prompt: bool) -> int:
         """How many tokens a test of ``n`` measures: whole cycles under eviction."""
@@ -84,6 +102,8 @@ class Setting:
         policy = e.policy if e.policy == "none" else f"{e.policy} {e.budget}"
         if self.selection.needs_flash_attention:
             policy += f", --kv-select {self.selection}"
+        if self.rope != RopeSettings():
+            policy += f", RoPE {self.rope}"
         return (f"{policy}, -fa {'on' if self.flash_attn else 'off'}, -ctk {self.type_k}, -ctv {self.type_v}, "
                 f"-t {self.n_threads}, -ub {self.n_ubatch}, -d {self.depth}")
 
@@ -108,6 +128,8 @@ def plan(
     n_ubatch: Sequence[int] = (512,),
     n_gpu_layers: Sequence[int] = (),
     rpc: str = "",
+    rope: RopeSettings = RopeSettings(),
+    fill: str = "read",
 ) -> list[Setting]:
     """Every combination once; ``none`` has no budget, so there is one of it however many budgets there are. Selection
     needs flash attention, so there is none of it with ``off``.
@@ -144,7 +166,7 @@ def plan(
     ):
         per_token = gguf.kv_bytes_per_token(*(native.type_block(CACHE_TYPES[name]) for name in (tk, tv))) or 0
         eviction = EvictionSettings.resolve(policy, budget, kv_window, keep, n_ctx=depth, bytes_per_token=per_token)
-        settings += [Setting(eviction, selection, depth, fa, tk, tv, t, ub, ngl, rpc) for selection in selections
+        settings += [Setting(eviction, selection, depth, fa, tk, tv, t, ub, ngl, rpc, rope, fill) for selection in selections
                      if fa or not selection.needs_flash_attention]
     if any(map(needs_filters, kv_evict)):
         load_filters(gguf)
@@ -159,6 +181,7 @@ def bench(
     n_prompt: Sequence[int] = (512,),
     repetitions: int = 5,
     bandwidth: bool = False,
+    trace: list[dict[str, Any]] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Measure; one row per setting and test, in the order of the settings.
@@ -166,6 +189,7 @@ def bench(
     Args:
         n_gen, n_prompt: tokens of the tests ``tgN`` and ``ppN``; 0 leaves the test out.
         bandwidth: measure how fast the memory can be read, too.
+        trace: gets the memory over time, a row per sample; the GPU is waited for at each.
         report: told what runs next.
 
     Raises:
@@ -195,7 +219,10 @@ def bench(
     for r in range(repetitions):
         for i, s in enumerate(settings):
             report(f"repetition {r + 1} of {repetitions}, setting {i + 1} of {len(settings)}: {s}")
-            results[i].append(_in_worker("run", gguf, s, n_gen=n_gen, n_prompt=n_prompt))
+            result = _in_worker("run", gguf, s, n_gen=n_gen, n_prompt=n_prompt, trace=trace is not None)
+            if trace is not None:
+                trace += [{**_setting(s), "repetition": r + 1, **sample} for sample in result.pop("trace")]
+            results[i].append(result)
 
     rows = []
     for s, runs in zip(settings, results):
@@ -207,9 +234,34 @@ _COUNTS = ("n_selections", "pages_read", "pages_total", "bytes_read")
 _TIMES = ("summarize", "scores", "choice", "attn", "dense")  # of our operators, per token
 
 
+def _setting(s: Setting) -> dict[str, Any]:
+    e, q = s.eviction, s.selection
+    evicts, selects = e.policy != "none", q.method != "none"
+    return {
+        "threads": s.n_threads,
+        "n_gpu_layers": s.n_gpu_layers,
+        "rpc": s.rpc or None,
+        "n_ubatch": s.n_ubatch,
+        "flash_attn": s.flash_attn,
+        "type_k": s.type_k,
+        "type_v": s.type_v,
+        "kv_evict": e.policy,
+        "kv_budget": e.budget if evicts else None,
+        "kv_window": e.window if evicts else None,
+        "keep": e.keep if evicts else None,
+        "kv_select": q.method,
+        "kv_select_budget": (q.budget or "auto") if selects else None,
+        "kv_page_size": q.page_size if selects else None,
+        "kv_dense_layers": q.dense_layers if selects else None,
+        "kv_grouped_attn": q.grouped_attention,
+        "rope": str(s.rope) or None,
+        "depth": s.depth,
+        "copied_from": s.copies or None,
+    }
+
+
 def _rows(gguf: GGUF, s: Setting, runs: list[dict[str, Any]], mem_gb_s: float | None) -> list[dict[str, Any]]:
-    e, q, first = s.eviction, s.selection, runs[0]
-    selects = q.method != "none"
+    first = runs[0]
     weights = weight_bytes(gguf)
     cell = (first["k_bytes"] + first["v_bytes"]) / first["cells_allocated"]
     rows = []
@@ -231,23 +283,7 @@ def _rows(gguf: GGUF, s: Setting, runs: list[dict[str, Any]], mem_gb_s: float | 
             "model_n_params": first["model_n_params"],
             "backend": first["backend"],
             "cpu_variant": first["cpu_variant"],
-            "threads": s.n_threads,
-            "n_gpu_layers": s.n_gpu_layers,
-            "rpc": s.rpc or None,
-            "n_ubatch": s.n_ubatch,
-            "flash_attn": s.flash_attn,
-            "type_k": s.type_k,
-            "type_v": s.type_v,
-            "kv_evict": e.policy,
-            "kv_budget": None if e.policy == "none" else e.budget,
-            "kv_window": None if e.policy == "none" else e.window,
-            "keep": None if e.policy == "none" else e.keep,
-            "kv_select": q.method,
-            "kv_select_budget": (q.budget or "auto") if selects else None,
-            "kv_page_size": q.page_size if selects else None,
-            "kv_dense_layers": q.dense_layers if selects else None,
-            "kv_grouped_attn": q.grouped_attention,
-            "depth": s.depth,
+            **_setting(s),
             "test": test["test"],
             "t_s": t_s,
             "t_s_sd": statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
@@ -260,6 +296,8 @@ def _rows(gguf: GGUF, s: Setting, runs: list[dict[str, Any]], mem_gb_s: float | 
             "kv_bytes": first["kv_bytes"],
             "scratch_bytes": first["scratch_bytes"],
             "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
+            "peak_device_bytes": max((run["peak_device_bytes"] for run in runs), key=lambda n: n or 0),
+            "device_source": first["device_source"],
             "n_evictions": test["n_evictions"],
             "evict_ms": statistics.fmean(evict_s) * 1e3,
             "evict_share": statistics.fmean(x / t["seconds"] for x, t in zip(evict_s, tests)),
@@ -379,7 +417,7 @@ def worker() -> None:
     job = json.loads(sys.argv[1])
     raw = job["setting"]
     setting = Setting(**{**raw, "eviction": EvictionSettings(**raw["eviction"]),
-                         "selection": SelectionSettings(**raw["selection"])})
+                         "selection": SelectionSettings(**raw["selection"]), "rope": RopeSettings(**raw["rope"])})
     if setting.rpc:
         exit_on_loss(setting.rpc)
     try:
@@ -387,7 +425,7 @@ def worker() -> None:
             _check(job["model"], setting)
             result: dict[str, Any] = {}
         else:
-            result = _run(job["model"], setting, job["n_gen"], job["n_prompt"])
+            result = _run(job["model"], setting, job["n_gen"], job["n_prompt"], job["trace"])
     except EdgekvError as error:
         result = {"error": str(error)}
     except MemoryError:
@@ -405,7 +443,7 @@ def _open(model: str, s: Setting, n_ctx: int, eviction: EvictionSettings, select
     filters = load_filters(GGUF(model)) if needs_filters(eviction.policy) else None
     return Session(model, n_ctx=n_ctx, n_ubatch=s.n_ubatch, n_threads=s.n_threads, flash_attn=s.flash_attn,
                    type_k=s.type_k, type_v=s.type_v, n_gpu_layers=s.n_gpu_layers, rpc_servers=s.rpc, settings=eviction,
-                   filters=filters, selection=selection)
+                   filters=filters, selection=selection, rope=s.rope)
 
 
 def _check(model: str, s: Setting) -> None:
@@ -490,8 +528,15 @@ def _check_selection(model: str, s: Setting, must: Callable[[Any, str], None]) -
         must(np.isfinite(got["few"]).all(), "NaN or infinite logits where pages are selected")
 
 
-def _run(model: str, s: Setting, n_gen: list[int], n_prompt: list[int]) -> dict[str, Any]:
+def _run(model: str, s: Setting, n_gen: list[int], n_prompt: list[int], trace: bool = False) -> dict[str, Any]:
     """One run: warm up, fill the context, decode, read prompts."""
+    meter = DeviceMeter()
+    with meter.sampling():
+        result = _tests(model, s, n_gen, n_prompt, meter if trace else None)
+    return result | {"peak_device_bytes": meter.peak, "device_source": meter.source}
+
+
+def _tests(model: str, s: Setting, n_gen: list[int], n_prompt: list[int], traced: DeviceMeter | None) -> dict[str, Any]:
     tests = [(f"tg{n}", s.tokens(n, False), 1) for n in n_gen] + [(f"pp{n}", s.tokens(n, True), n) for n in n_prompt]
     behind = [n for _, n, _ in tests] or [1]
     n_ctx = s.depth + (sum(behind) if s.evicts else max(behind))
@@ -503,10 +548,16 @@ def _run(model: str, s: Setting, n_gen: list[int], n_prompt: list[int]) -> dict[
         sequence.clear()
         sequence.measure("", min(4, n_ctx), 1)
         sequence.clear()
+        if traced:
+            sequence.trace = Trace(traced)
+            sequence.trace.sample("start", 0, 0)
 
         done = []
         at_depth = "" if s.depth == 0 else f" @ d{s.depth}"
-        if s.depth:
+        if s.copies:
+            sequence.measure("", s.copies, s.n_ubatch)
+            sequence.fill(s.depth)
+        elif s.depth:
             done.append(sequence.measure("prompt" + at_depth, s.depth, s.n_ubatch))
         for name, n, batch in tests:
             if not s.evicts and sequence.pos != s.depth:
@@ -524,6 +575,7 @@ def _run(model: str, s: Setting, n_gen: list[int], n_prompt: list[int]) -> dict[
             "kv_bytes": stats.kv_bytes,
             "scratch_bytes": stats.scratch_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
+            "trace": sequence.trace.rows() if traced else None,
             "cpu_variant": native.cpu_variant(),
             "backend": _backends(s),
             "model_size": llama_cpp.llama_model_size(session.model),
@@ -542,6 +594,7 @@ class _Sequence:
         self.session, self.setting = session, setting
         self.tokens = (llama_cpp.llama_token * len(tokens))(*tokens.tolist())
         self.pos = self.used = self.n_evictions = 0
+        self.trace: Trace | None = None
 
     def clear(self) -> None:
         self.session.clear()
@@ -555,8 +608,17 @@ class _Sequence:
             return
         # evicted tokens do not come back, and some caches cannot remove a tail
         self.clear()
+        copies = self.setting.copies
         if depth:
-            self.measure("", depth, self.setting.n_ubatch)
+            self.measure("", copies or depth, self.setting.n_ubatch)
+        if copies:
+            self.fill(depth)
+
+    def fill(self, depth: int) -> None:
+        """Make the context ``depth`` tokens long with copies of the cells that it has."""
+        fill_with_copies(self.session, depth)
+        self.pos = self.used = depth
+        self._verify("copies", self.session.stats(0))
 
     def measure(self, name: str, n: int, batch: int) -> dict[str, Any]:
         """Decode ``n`` tokens as prompts of ``batch`` tokens, each in ubatches; 1 is decoding token by token.
@@ -565,7 +627,7 @@ class _Sequence:
             EdgekvError: llama_decode failed, or the cache is not what it must be.
         """
         ctx, before = self.session.ctx, self.session.stats(0)
-        first, cells = self.n_evictions, 0
+        first, cells, start_pos = self.n_evictions, 0, self.pos
         # looked up before the clock runs
         batch_of, decode = llama_cpp.llama_batch_get_one, llama_cpp.llama_decode
         synchronize, token = llama_cpp.llama_synchronize, llama_cpp.llama_token
@@ -582,6 +644,9 @@ class _Sequence:
                 synchronize(ctx)  # one token waits for the one before
             self._count(m)
             cells += m * self.used
+            if self.trace and (batch > 1 or (self.pos - start_pos) % TRACE_EVERY == 0):
+                synchronize(ctx)
+                self.trace.sample((name or "fill").split()[0], self.pos, self.used)
         synchronize(ctx)
         seconds = time.perf_counter() - start
 
@@ -635,22 +700,6 @@ def _tokens(session: Session, n: int) -> np.ndarray:
                     and not llama_cpp.llama_vocab_is_eog(vocab, t)]
         pool = ordinary or pool
     return rng.choice(pool, n)
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process had resident so far, the mapped part of the model's file included."""
-    try:
-        # ru_maxrss of a new process begins with its parent's on Linux
-        with open("/proc/self/status") as file:
-            for line in file:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _backends(s: Setting) -> str:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,11 +42,7 @@ def check(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise EdgekvError(f"--plot {path}: give a file that ends in {' or '.join(SUFFIXES)}")
-    folder = path.resolve().parent
-    if path.is_dir():
-        raise EdgekvError(f"--plot {path}: is a folder; name a file")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise EdgekvError(f"--plot {path}: {folder} is no folder that can be written to")
+    atomic.check(path, "--plot")
     require("plot", "matplotlib", what="--plot")
 
 
@@ -157,6 +153,122 @@ def memory_bars(rows: Sequence[tuple[str, Mapping[str, int]]], path: str | os.Pa
             axes.axvline(room / gib, color="0.25", lw=1.2, ls="--", label=f"room on {machine}")
         figure.legend(loc="outside lower center", ncols=len(parts) + 1, frameon=False, fontsize=8)
         _save(figure, path)
+
+
+# --- benchmarks ----------------------------------------------------------------------------------------------------
+
+
+def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str,
+                 trace: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write the rows of ``edgekv bench`` against the depth, a line per setting, as PNG or SVG: how fast it decodes, with
+    the standard deviation, and how much memory the process took at its peak (a GPU's above it, dashed).
+
+    A trace adds two panels: how fast the prompt is read, by the tokens in the context, and the memory over time; of the
+    deepest context of each setting, in its first repetition. EdgekvError if nothing was decoded, or if the file cannot be
+    written.
+    """
+    check(path)
+    from matplotlib.figure import Figure
+
+    # where several lengths were decoded, the longest varies least
+    decodes = [row for row in rows if row["test"].startswith("tg")]
+    longest = max((_length(row) for row in decodes), default=0)
+    decodes = [row for row in decodes if _length(row) == longest]
+    if not decodes:
+        raise EdgekvError(f"--plot {path}: needs decode speeds, give -n a number above 0")
+    names = _names([*rows, *trace])
+    labels = list(dict.fromkeys(map(names, decodes)))
+    traced: dict[str, list[Mapping[str, Any]]] = {label: [] for label in labels}
+    for label, samples in traced.items():
+        own = [sample for sample in trace if names(sample) == label and sample["repetition"] == 1]
+        deepest = max((sample["depth"] for sample in own), default=0)
+        samples += [sample for sample in own if sample["depth"] == deepest]
+    depths = sorted({row["depth"] for row in decodes})
+    least = min((depth for depth in depths if depth), default=1)
+
+    with _style():
+        figure = Figure(figsize=(11.5, 7.6 if any(traced.values()) else 4.0), layout="constrained")
+        _title(figure, title)
+        panels = figure.subplots(2 if any(traced.values()) else 1, 2, squeeze=False)
+        for panel in panels.flat:
+            _plain_axes(panel)
+        (speed, memory), *rest = panels
+        for i, label in enumerate(labels):
+            colour, dash, marker = _look(i)
+            look = dict(color=colour, ls=dash, marker=marker, ms=5, mec="white", mew=0.6, lw=1.7, label=label)
+            own = sorted((row for row in decodes if names(row) == label), key=lambda row: row["depth"])
+            x = [row["depth"] for row in own]
+            speed.errorbar(x, [row["t_s"] for row in own], [row["t_s_sd"] for row in own], elinewidth=1, **look)
+            memory.plot(x, [row["peak_rss_bytes"] / _MIB for row in own], **look)
+            device = [(row["peak_device_bytes"] or 0) / _MIB for row in own]
+            if any(device):
+                memory.plot(x, device, **look | dict(ls="--", mfc="white", mec=colour, label=None))
+            if samples := traced[label]:
+                reading, over_time = rest[0]
+                reading.plot(*_reading(samples), color=colour, ls=dash, lw=1.5)
+                over_time.plot([sample["seconds"] / 60 for sample in samples],
+                               [(sample["rss_bytes"] + (sample["device_bytes"] or 0)) / _MIB for sample in samples],
+                               color=colour, ls=dash, lw=1.5)
+        for panel, text in ((speed, "decoding (tokens/s)"),
+                            (memory, "peak memory (MiB)" + (", of the GPU dashed" if _on_gpu(rows) else ""))):
+            panel.set_title(text, loc="left")
+            panel.set_ylim(bottom=0)
+            if depths[-1] > 8 * least:
+                panel.set_xscale("symlog", base=2, linthresh=least)
+            panel.set_xticks(depths, [_thousands(depth) for depth in depths])
+            panel.minorticks_off()
+            panel.set_xlabel("tokens in the context")
+        for reading, over_time in rest:
+            reading.set_title("reading the prompt (tokens/s)", loc="left")
+            reading.set_xlabel("tokens read")
+            over_time.set_title("memory (MiB)", loc="left")
+            over_time.set_xlabel("minutes")
+            reading.set_ylim(bottom=0)
+            over_time.set_ylim(bottom=0)
+        figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(labels)),
+                      frameon=False)
+        _save(figure, path)
+
+
+_MIB = 1 << 20
+_READING = 64  # points of a reading curve, so that each has whole cycles of eviction in it
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    return int(row["test"].split()[0][2:])
+
+
+def _on_gpu(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(row["peak_device_bytes"] for row in rows)
+
+
+def _names(rows: Sequence[Mapping[str, Any]]):
+    """A function that names a row's setting: its policy and selection, and those flags that differ between rows."""
+    flags = {"type_k": "-ctk", "type_v": "-ctv", "flash_attn": "-fa", "threads": "-t", "n_ubatch": "-ub",
+             "n_gpu_layers": "-ngl", "kv_page_size": "--kv-page-size", "kv_grouped_attn": "--kv-grouped-attn",
+             "rope": "RoPE"}
+    differ = [field for field in flags if len({row[field] for row in rows} - {None}) > 1]
+
+    def name(row: Mapping[str, Any]) -> str:
+        parts = ["full cache" if row["kv_evict"] == "none" else f"{row['kv_evict']} {row['kv_budget']:,}"]
+        if row["kv_select"] != "none":
+            parts.append(f"{row['kv_select']} {row['kv_select_budget']}")
+        for field in differ:
+            value = row[field]
+            if value is not None:
+                parts.append(f"{flags[field]} {'on' if value is True else 'off' if value is False else value}")
+        return ", ".join(parts)
+
+    return name
+
+
+def _reading(samples: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Tokens in the context, and tokens per second around there, of a prompt's samples."""
+    read = [sample for sample in samples if sample["label"] in ("start", "prompt")]
+    step = max(1, len(read) // _READING)
+    edges = read[::step]
+    return ([(a["tokens"] + b["tokens"]) / 2 for a, b in zip(edges, edges[1:])],
+            [(b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in zip(edges, edges[1:])])
 
 
 # --- evaluations ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from edgekv import bench
+from edgekv import bench, plot
 from edgekv.convert import convert
 from edgekv.gguf_file import GGUF
 from edgekv.settings import EvictionSettings
@@ -205,6 +205,82 @@ def test_models_that_cannot_be_measured(model, tmp_path):
     fails("nope.gguf", "bench", tmp_path / "nope.gguf")
     odd = write_tiny_model(tmp_path / "odd.gguf", head_size=80)  # found out by the worker, when it makes the context
     fails("odd.gguf", "bench", odd, "-ctk", "q8_0", "-n", 1, "-p", 0, "-r", 1)
+
+
+def test_copies_fill_what_is_not_evicted(model):
+    rows = rows_of(model, "--kv-evict", "none,streaming", "--kv-budget", "200", "-d", "1024,3000", "-n", 8, "-p", 24,
+                   "-r", 2, "-ub", 64, "-t", 1, "--fill", "copies")
+    got = {}
+    for row in rows:
+        got.setdefault((row["kv_evict"], row["depth"]), []).append((row["test"].split()[0], row["copied_from"]))
+    assert got == {
+        ("none", 1024): [("prompt", None), ("tg8", None), ("pp24", None)],  # as many as are read
+        ("none", 3000): [("tg8", 1024), ("pp24", 1024)],
+        **{("streaming", d): [("prompt", None), ("tg8", None), ("pp24", None)] for d in (1024, 3000)},
+    }
+    copied = [row for row in rows if row["copied_from"]]
+    assert [(row["cells_used"], row["cells_mean"], row["n_tokens"]) for row in copied] == [
+        (3008, 3004.5, 8), (3024, 3024.0, 24)]
+    assert all(row["kv_bytes"] >= 3024 * CELL for row in copied)
+
+
+def test_trace_and_plot(model, tmp_path):
+    trace, plot = tmp_path / "trace.csv", tmp_path / "plot.svg"
+    r = edgekv("bench", model, "--kv-evict", "none,streaming", "--kv-budget", "200", "-d", "64,500", "-n", 40, "-p", 0,
+               "-r", 2, "-ub", 50, "-t", 1, "--rope-scale", 2, "--trace", trace, "--plot", plot)
+    assert r.exit_code == 0, r.output
+    with open(trace, newline="") as file:
+        samples = list(csv.DictReader(file))
+    runs = {}
+    for s in samples:
+        assert s["rope"] == "freq_scale 0.5" and int(s["rss_bytes"]) > 1 << 20 and s["device_bytes"] == ""
+        runs.setdefault((s["kv_evict"], s["depth"], s["repetition"]), []).append(
+            (s["label"], int(s["tokens"]), int(s["cells"]), float(s["seconds"])))
+    assert len(runs) == 8
+    for (policy, depth, _), run in runs.items():
+        assert [x[3] for x in run] == sorted(x[3] for x in run) and run[0][:3] == ("start", 0, 0)
+        prompt = [x[1] for x in run if x[0] == "prompt"]
+        assert prompt == [*range(50, int(depth), 50), int(depth)]
+        # under eviction a whole cycle is decoded, which is a ubatch
+        decoded = [x[1] - int(depth) for x in run if x[0] == "tg40"]
+        assert decoded == ([16, 32, 48] if (policy, depth) == ("streaming", "500") else [16, 32])
+        assert all(cells <= (250 if policy == "streaming" else tokens) for _, tokens, cells, _ in run)
+        assert run[-1][2] == run[-1][1] or policy == "streaming"
+    picture = plot.read_text()
+    for text in ("full cache", "streaming 200", "decoding (tokens/s)", "reading the prompt (tokens/s)", "tiny.gguf"):
+        assert text in picture
+
+    again = tmp_path / "again.svg"
+    edgekv("bench", model, "-d", "0,64", "-n", 8, "-p", 0, "-r", 1, "-t", 1, "--plot", again)
+    assert "reading the prompt" not in again.read_text() and "peak memory (MiB)" in again.read_text()
+
+
+def test_the_picture_of_a_gpu(tmp_path):
+    """Rows as a machine with a GPU gives them; settings are named by what differs."""
+    row = dict(kv_evict="none", kv_budget=None, kv_select="none", kv_select_budget=None, kv_page_size=None,
+               kv_grouped_attn=False, flash_attn=True, type_k="f16", type_v="f16", threads=8, n_ubatch=512, n_gpu_layers=99,
+               rope=None, test="tg32 @ d4096", depth=4096, t_s=50.0, t_s_sd=1.0, peak_rss_bytes=1 << 30,
+               peak_device_bytes=5 << 30)
+    rows = [row, row | dict(depth=65536, t_s=9.0, peak_device_bytes=9 << 30), row | dict(type_k="q8_0"),
+            row | dict(kv_evict="keydiff", kv_budget=2048, kv_select="quest", kv_select_budget="auto")]
+    plot.bench_curves(rows, tmp_path / "a.svg", "a model")
+    text = (tmp_path / "a.svg").read_text()
+    for name in ("full cache, -ctk f16", "full cache, -ctk q8_0", "keydiff 2,048, quest auto, -ctk f16",
+                 "of the GPU dashed", "64k"):
+        assert name in text
+    with pytest.raises(bench.EdgekvError, match="needs decode speeds"):
+        plot.bench_curves([row | dict(test="pp512")], tmp_path / "b.svg", "a model")
+    assert not (tmp_path / "b.svg").exists()
+
+
+@pytest.mark.parametrize(("arguments", "why"), [
+    (["--plot", "x.gif"], "--plot x.gif: give a file that ends in"),
+    (["--trace", "nowhere/x.csv"], "--trace nowhere/x.csv:"),
+    (["--trace", "."], "--trace .: is a folder"),
+    (["--rope-scaling", "none", "--rope-scale", "2"], "--rope-scaling none stretches nothing"),
+])
+def test_what_cannot_be_written_is_said_first(model, arguments, why):
+    fails(why, "bench", model, *arguments)
 
 
 def test_a_depth_beyond_the_trained_context_is_a_note(tmp_path):

@@ -10,8 +10,9 @@ from typing import Any, Callable, Iterator
 
 import click
 
+from edgekv import atomic
 from edgekv.cli.common import Numbers, Words, format_bytes, model_option
-from edgekv.cli.options import look_at_servers, rpc_option
+from edgekv.cli.options import look_at_servers, rope_options, rpc_option, take_rope
 from edgekv.settings import POLICIES
 from edgekv.table import markdown, to_csv, to_json
 
@@ -63,13 +64,21 @@ class Switches(Words):
 @click.option("-ngl", "--n-gpu-layers", "n_gpu_layers", type=Numbers(0), metavar="LIST",
               help="Layers on GPUs and --rpc servers, the last ones [default: 0, with --rpc all].")
 @rpc_option
+@rope_options
+@click.option("--fill", type=click.Choice(("read", "copies")), default="read", show_default=True,
+              help="How a context gets as deep as -d: by reading so much, or, where nothing is evicted, by copies of the "
+                   "cells of its first 1,024 tokens. Copies are there in seconds; speed and memory are the same.")
+@click.option("--trace", "trace", metavar="FILE", type=click.Path(),
+              help="Write the memory over time, a row per ubatch and 16 decoded tokens, as CSV.")
+@click.option("--plot", "plot", metavar="FILE", type=click.Path(),
+              help="Draw decode speed and memory against depth, with --trace also over time (.png or .svg).")
 @click.option("--bandwidth", is_flag=True, help="Measure how fast the memory can be read, to compare with gb_s.")
 @click.option("--progress/--no-progress", default=None,
               help="Say on standard error what runs [default: on a terminal].")
 @click.option("-o", "--output", type=click.Choice(["md", "json", "jsonl", "csv"]), default="md", show_default=True,
               help="Format on standard output.")
 def bench(model: str, n_gen: list[int], n_prompt: list[int], repetitions: int, bandwidth: bool,
-          progress: bool | None, output: str, **sweep: Any) -> None:
+          progress: bool | None, output: str, trace: str | None, plot: str | None, **sweep: Any) -> None:
     """Measure speed and memory of MODEL.
 
     Lists are swept: every combination is measured, interleaved with the others. Tests are named as by llama-bench:
@@ -80,16 +89,28 @@ def bench(model: str, n_gen: list[int], n_prompt: list[int], repetitions: int, b
     from edgekv.gguf_file import GGUF
 
     gguf = GGUF(model)
+    rope = take_rope(sweep)
+    if plot:
+        from edgekv import plot as pictures
+
+        pictures.check(plot)
+    if trace:
+        atomic.check(trace, "--trace")
     for ngl in sweep["n_gpu_layers"] or (None,):
         look_at_servers(sweep["rpc"], ngl)
-    settings = library.plan(gguf, **{name: value for name, value in sweep.items() if value is not None})
+    settings = library.plan(gguf, **{name: value for name, value in sweep.items() if value is not None}, rope=rope)
     deepest = max(s.depth for s in settings)
+    samples: list[dict[str, Any]] | None = [] if trace else None
     with _status(progress) as report:
-        if deepest > gguf.context_length:
+        if deepest > rope.trained(gguf.context_length):
             report(f"note: -d {deepest} is beyond the {gguf.context_length} tokens the model was trained on", keep=True)
         rows = library.bench(model, settings, n_gen=n_gen, n_prompt=n_prompt, repetitions=repetitions,
-                             bandwidth=bandwidth, report=report)
+                             bandwidth=bandwidth, trace=samples, report=report)
     click.echo(FORMATS[output](rows), nl=False)
+    if trace:
+        atomic.write(trace, [to_csv(samples or []).encode()])
+    if plot:
+        pictures.bench_curves(rows, plot, f"{gguf.path.name}: {rows[0]['machine']}", samples or ())
 
 
 @contextmanager

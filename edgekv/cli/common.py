@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Callable
 
 import click
 
+from edgekv import atomic
 from edgekv.errors import EdgekvError
 
 
@@ -71,11 +71,7 @@ def checked_output(output: str | None, model: Path, suffix: str, *, stays_split:
         path = part_path(model, f"{stem}{suffix}", 1, count)
     else:
         path = model.with_name(f"{stem}{suffix}.gguf")
-    folder = path.resolve().parent
-    if path.is_dir():
-        raise EdgekvError(f"-o {path}: is a folder; name a file")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise EdgekvError(f"-o {path}: {folder} is no folder that can be written to")
+    atomic.check(path, "-o")
     return path
 
 
