@@ -106,6 +106,8 @@ class Ggml:
         self.n_devices = self.bind("ggml_backend_reg_dev_count", size, pointer)
         self.device_type = self.bind("ggml_backend_dev_type", ctypes.c_int, pointer)
         self.registry_of = self.bind("ggml_backend_dev_backend_reg", pointer, pointer)
+        self._memory = self.bind("ggml_backend_dev_memory", None, pointer, ctypes.POINTER(size), ctypes.POINTER(size))
+        self._properties = self.bind("ggml_backend_dev_get_props", None, pointer, ctypes.POINTER(DeviceProperties))
 
     def bind(self, name: str, restype, *argtypes):
         """A function of libggml, or of libggml-base, which it depends on."""
@@ -128,12 +130,31 @@ class Ggml:
         by_type = {kind: [device for device in self.devices() if self.device_type(device) == kind] for kind in (1, 2)}
         return by_type[1] or by_type[2]  # GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU
 
+    def memory(self, device: int) -> tuple[int, int]:
+        """A device's free bytes and all its bytes, both 0 where it does not tell."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._memory(device, free, total)
+        return free.value, total.value
+
+    def properties(self, device: int) -> DeviceProperties:
+        found = DeviceProperties()
+        self._properties(device, ctypes.byref(found))
+        return found
+
     def library_of(self, registry: int) -> Path | None:
         """The file that a registry lives in."""
         info = _DlInfo()
         if not ctypes.CDLL(None).dladdr(ctypes.c_void_p(registry), ctypes.byref(info)):
             return None
         return Path(os.fsdecode(info.fname)).resolve()
+
+
+class DeviceProperties(ctypes.Structure):
+    """``ggml_backend_dev_props``. ``device_id`` is the PCI address (``0000:c1:00.0``), None for what has none."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("description", ctypes.c_char_p), ("memory_free", ctypes.c_size_t),
+                ("memory_total", ctypes.c_size_t), ("type", ctypes.c_int), ("device_id", ctypes.c_char_p),
+                ("capabilities", ctypes.c_bool * 5)]
 
 
 class _DlInfo(ctypes.Structure):

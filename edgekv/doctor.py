@@ -168,7 +168,6 @@ class _Ggml(_runtime.Ggml):
         number = ctypes.c_float
         bind = self.bind
         self._version = bind("ggml_version", text)
-        self._properties = bind("ggml_backend_dev_get_props", None, pointer, ctypes.POINTER(_Properties))
         self._supports = bind("ggml_backend_dev_supports_op", ctypes.c_bool, pointer, pointer)
         self._proc_address = bind("ggml_backend_reg_get_proc_address", pointer, pointer, text)
         self._init = bind("ggml_init", pointer, _InitParams)
@@ -188,11 +187,6 @@ class _Ggml(_runtime.Ggml):
 
     def version(self) -> str:
         return self._version().decode()
-
-    def properties(self, device: int) -> _Properties:
-        found = _Properties()
-        self._properties(device, ctypes.byref(found))
-        return found
 
     def features(self, registry: int) -> dict[str, str]:
         """What a backend says of itself: instruction sets, compiled architectures."""
@@ -262,12 +256,6 @@ class _Ggml(_runtime.Ggml):
 
 class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
-
-
-class _Properties(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("description", ctypes.c_char_p), ("memory_free", ctypes.c_size_t),
-                ("memory_total", ctypes.c_size_t), ("type", ctypes.c_int), ("device_id", ctypes.c_char_p),
-                ("capabilities", ctypes.c_bool * 5)]
 
 
 class _Feature(ctypes.Structure):

@@ -28,16 +28,7 @@ def default_cache_ram() -> int:
 
 def gpu_bytes() -> int:
     """Free bytes of the GPUs that ``-ngl`` can put layers on, all together; 0 without one."""
-    import ctypes
-
     from edgekv._runtime import Ggml
 
     ggml = Ggml()
-    memory = ggml.bind("ggml_backend_dev_memory", None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t),
-                       ctypes.POINTER(ctypes.c_size_t))
-    result = 0
-    for device in ggml.gpus():
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        memory(device, free, total)
-        result += free.value
-    return result
+    return sum(ggml.memory(device)[0] for device in ggml.gpus())
