@@ -44,6 +44,7 @@ from edgekv import _runtime, native
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.llama import load_filters
+from edgekv.meter import peak_rss_bytes
 from edgekv.rpc import exit_on_loss, gpu_layers
 from edgekv.session import CACHE_TYPES, Session, default_threads
 from edgekv.settings import FLOAT_TYPES, EvictionSettings, SelectionSettings, needs_filters
@@ -635,22 +636,6 @@ def _tokens(session: Session, n: int) -> np.ndarray:
                     and not llama_cpp.llama_vocab_is_eog(vocab, t)]
         pool = ordinary or pool
     return rng.choice(pool, n)
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process had resident so far, the mapped part of the model's file included."""
-    try:
-        # ru_maxrss of a new process begins with its parent's on Linux
-        with open("/proc/self/status") as file:
-            for line in file:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _backends(s: Setting) -> str:
