@@ -161,7 +161,7 @@ class DeviceMeter:
         try:
             yield
         finally:
-            pass
+            stop.set()
             thread.join()
             self.now()
 

@@ -107,6 +107,7 @@ UNTRIED = {
     'CMAKE_ARGS="-DGGML_CUDA=on" pip install .': _BUILD,
     "CMAKE_ARGS=-DGGML_CUDA=on pip install .": _BUILD,
     "pip install '.[convert]'": _LARGE,
+    "pip install '.[cuda]'": _GPU,
     "pip install nvidia-cublas-cu12 nvidia-cuda-runtime-cu12": _LARGE,
     "pip install fastapi uvicorn sse-starlette starlette-context pydantic-settings":
         "tests/test_llama_cpp_server.py needs them",
