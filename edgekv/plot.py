@@ -164,7 +164,7 @@ def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
     the standard deviation, and how much memory the process took at its peak (a GPU's above it, dashed).
 
     A trace adds two panels: how fast the prompt is read, by the tokens in the context, and the memory over time; of the
-    deepest context of each setting, in its first repetition. EdgekvError if nothing was decoded, or if the file cannot be
+    deepest context of each setting that was read and not filled with copies, in its first repetition. EdgekvError if nothing was decoded, or if the file cannot be
     written.
     """
     check(path)
@@ -180,7 +180,8 @@ def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
     labels = list(dict.fromkeys(map(names, decodes)))
     traced: dict[str, list[Mapping[str, Any]]] = {label: [] for label in labels}
     for label, samples in traced.items():
-        own = [sample for sample in trace if names(sample) == label and sample["repetition"] == 1]
+        own = [sample for sample in trace
+               if names(sample) == label and sample["repetition"] == 1 and not sample["copied_from"]]
         deepest = max((sample["depth"] for sample in own), default=0)
         samples += [sample for sample in own if sample["depth"] == deepest]
     depths = sorted({row["depth"] for row in decodes})
@@ -196,7 +197,10 @@ def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
         for i, label in enumerate(labels):
             colour, dash, marker = _look(i)
             look = dict(color=colour, ls=dash, marker=marker, ms=5, mec="white", mew=0.6, lw=1.7, label=label)
-            own = sorted((row for row in decodes if names(row) == label), key=lambda row: row["depth"])
+            # what was read stands for the same depth filled with copies
+            own = {row["depth"]: row for row in sorted(decodes, key=lambda row: -(row["copied_from"] or 0))
+                   if names(row) == label}
+            own = [own[depth] for depth in sorted(own)]
             x = [row["depth"] for row in own]
             speed.errorbar(x, [row["t_s"] for row in own], [row["t_s_sd"] for row in own], elinewidth=1, **look)
             memory.plot(x, [row["peak_rss_bytes"] / _MIB for row in own], **look)
@@ -207,8 +211,7 @@ def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
                 reading, over_time = rest[0]
                 reading.plot(*_reading(samples), color=colour, ls=dash, lw=1.5)
                 over_time.plot([sample["seconds"] / 60 for sample in samples],
-                               [(sample["rss_bytes"] + (sample["device_bytes"] or 0)) / _MIB for sample in samples],
-                               color=colour, ls=dash, lw=1.5)
+                               [_memory(sample) for sample in samples], color=colour, ls=dash, lw=1.5)
         for panel, text in ((speed, "decoding (tokens/s)"),
                             (memory, "peak memory (MiB)" + (", of the GPU dashed" if _on_gpu(rows) else ""))):
             panel.set_title(text, loc="left")
@@ -226,6 +229,38 @@ def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
             reading.set_ylim(bottom=0)
             over_time.set_ylim(bottom=0)
         figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(labels)),
+                      frameon=False)
+        _save(figure, path)
+
+
+def reading_curves(traces: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str], title: str) -> None:
+    """Write how fast a prompt is read, and the memory that the process has meanwhile, by the tokens in the context: a line
+    per setting, as PNG or SVG. EdgekvError if the file cannot be written.
+
+    Args:
+        traces: samples of :class:`edgekv.meter.Trace` by the setting's name.
+    """
+    check(path)
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(11.5, 4.4), layout="constrained")
+        _title(figure, title)
+        speed, memory = panels = figure.subplots(1, 2)
+        for panel, text in zip(panels, ("reading (tokens/s)", "memory of the process (MiB)")):
+            _plain_axes(panel)
+            panel.set_title(text, loc="left")
+            panel.set_xlabel("tokens in the context")
+        for i, (label, samples) in enumerate(traces.items()):
+            colour, dash, _ = _look(i)
+            read = _prompt(samples)
+            speed.plot(*_reading(samples), color=colour, ls=dash, lw=1.5, label=label)
+            memory.plot([sample["tokens"] for sample in read], [_memory(sample) for sample in read], color=colour, ls=dash,
+                        lw=1.5)
+        for panel in panels:
+            panel.set_ylim(bottom=0)
+            panel.xaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
+        figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(traces)),
                       frameon=False)
         _save(figure, path)
 
@@ -262,9 +297,17 @@ def _names(rows: Sequence[Mapping[str, Any]]):
     return name
 
 
+def _prompt(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [sample for sample in samples if sample["label"] in ("start", "prompt")]
+
+
+def _memory(sample: Mapping[str, Any]) -> float:
+    return (sample["rss_bytes"] + (sample["device_bytes"] or 0)) / _MIB
+
+
 def _reading(samples: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
     """Tokens in the context, and tokens per second around there, of a prompt's samples."""
-    read = [sample for sample in samples if sample["label"] in ("start", "prompt")]
+    read = _prompt(samples)
     step = max(1, len(read) // _READING)
     edges = read[::step]
     return ([(a["tokens"] + b["tokens"]) / 2 for a, b in zip(edges, edges[1:])],

@@ -259,7 +259,7 @@ def test_the_picture_of_a_gpu(tmp_path):
     """Rows as a machine with a GPU gives them; settings are named by what differs."""
     row = dict(kv_evict="none", kv_budget=None, kv_select="none", kv_select_budget=None, kv_page_size=None,
                kv_grouped_attn=False, flash_attn=True, type_k="f16", type_v="f16", threads=8, n_ubatch=512, n_gpu_layers=99,
-               rope=None, test="tg32 @ d4096", depth=4096, t_s=50.0, t_s_sd=1.0, peak_rss_bytes=1 << 30,
+               rope=None, copied_from=None, test="tg32 @ d4096", depth=4096, t_s=50.0, t_s_sd=1.0, peak_rss_bytes=1 << 30,
                peak_device_bytes=5 << 30)
     rows = [row, row | dict(depth=65536, t_s=9.0, peak_device_bytes=9 << 30), row | dict(type_k="q8_0"),
             row | dict(kv_evict="keydiff", kv_budget=2048, kv_select="quest", kv_select_budget="auto")]

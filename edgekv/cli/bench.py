@@ -161,6 +161,7 @@ _COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str], bool, str | None]] = 
     ("cells", lambda r: f"{r['cells_mean']:.0f}", True, None),
     ("KV", lambda r: format_bytes(r["kv_bytes"]), True, None),
     ("peak RSS", lambda r: format_bytes(r["peak_rss_bytes"]), True, None),
+    ("peak GPU", lambda r: "-" if r["peak_device_bytes"] is None else format_bytes(r["peak_device_bytes"]), True, "-"),
     ("evicting", lambda r: f"{100 * r['evict_share']:.2f} %" if r["n_evictions"] else "-", True, "-"),
     ("pages read", lambda r: f"{100 * r['pages_read'] / r['pages_total']:.1f} %" if r["pages_read"] else "-", True, "-"),
     ("GB/s", lambda r: "-" if r["gb_s"] is None else f"{r['gb_s']:.2f}", True, "-"),
