@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from edgekv import plot
+from edgekv.errors import EdgekvError
 
 _NUMBERS = ("threads", "n_gpu_layers", "n_ubatch", "kv_budget", "kv_window", "keep", "kv_page_size", "kv_dense_layers",
             "depth", "copied_from", "repetition", "tokens", "cells", "rss_bytes", "device_bytes")
@@ -43,10 +45,16 @@ def main() -> None:
     parser.add_argument("--title")
     parser.add_argument("-o", "--output", required=True)
     args = parser.parse_args()
-    rows = [row for path in args.records for row in json.loads(path.read_text())]
-    samples = [sample for path in args.trace for sample in read_trace(path)]
+    try:
+        rows = [row for path in args.records for row in json.loads(path.read_text())]
+        samples = [sample for path in args.trace for sample in read_trace(path)]
+    except (OSError, ValueError) as error:
+        raise EdgekvError(f"{error}: give what edgekv bench -o json and --trace wrote") from None
     plot.bench_curves(rows, args.output, args.title or f"{rows[0]['model']}: {rows[0]['machine']}", samples)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EdgekvError as error:
+        sys.exit(f"figure.py: {error}")

@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import random
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
@@ -208,4 +209,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EdgekvError as error:
+        sys.exit(f"long.py: {error}")

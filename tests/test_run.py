@@ -1,6 +1,13 @@
 """`edgekv run` and `edgekv.Llama`: answers, settings, errors."""
 
+import os
+import pty
+import re
+import select
+import signal
 import subprocess
+import termios
+import time
 
 import numpy as np
 import pytest
@@ -207,6 +214,54 @@ def test_rope_scaling(plain, ours, theirs):
     with Session(plain, n_ctx=256, n_threads=1, rope=RopeSettings.resolve(**ours)) as session:
         got = session.decode(tokens, 0, logits="all")
     assert np.array_equal(got, stock(**theirs)) and not np.allclose(got, stock(), atol=1e-2)
+
+
+def on_a_terminal(*args):
+    """A process whose standard error is a terminal, and the terminal's other end."""
+    here, there = pty.openpty()
+    termios.tcsetwinsize(there, (24, 120)) if hasattr(termios, "tcsetwinsize") else None
+    process = subprocess.Popen([*EDGEKV, *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=there,
+                               text=True, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})
+    os.close(there)
+    return process, here
+
+
+def all_that_comes(fd, until, seconds=120):
+    """What a terminal shows until it matches, or its program ends; without colours and cursor movements."""
+    shown, deadline = b"", time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not select.select([fd], [], [], 0.2)[0]:
+            continue
+        try:
+            part = os.read(fd, 65536)
+        except OSError:  # the other end is closed
+            part = b""
+        shown += part
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
+        if not part or (until and re.search(until, text)):
+            return text
+    raise AssertionError(text)
+
+
+def test_a_long_prompt_on_a_terminal(model, tmp_path):
+    """A bar with tokens and the time left while it is read; Ctrl-C ends it at once, in the middle."""
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 60000)
+    process, terminal = on_a_terminal("run", model, "-f", text, "-p", "question", "-c", 450000, "--kv-evict", "streaming",
+                                      "--kv-budget", 256, *RUN)
+    try:
+        shown = all_that_comes(terminal, r"reading .*?\d+%\s+[\d,]+ of [\d,]+ tokens\s+\d+:\d\d:\d\d")
+        done, total = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of ([\d,]+) tokens", shown)[-1])
+        assert 0 < done < total and total > 50000
+        process.send_signal(signal.SIGINT)
+        rest = all_that_comes(terminal, None)
+        assert process.wait(30) == 130 and process.stdout.read() == ""
+        assert rest.strip().splitlines()[-1] == "edgekv: error: interrupted" and "Traceback" not in rest
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        os.close(terminal)
 
 
 def test_help_all_shows_the_rarer_options():
