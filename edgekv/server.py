@@ -322,6 +322,10 @@ def reason(end: End, model: str) -> str:
             return f"{match[1]}: llama-server has no such flag; see edgekv serve --help-server"
         if match := re.search(r"couldn't bind HTTP server socket, hostname: (.*), port: (\d+)", text):
             return f"--host {match[1]} --port {match[2]}: cannot listen there; is a server running there already?"
+    for text in texts:
+        if match := re.search(r"failed to load multimodal model, '(.*)'", text):
+            said = [line.removeprefix("error: ") for line in texts if line.startswith("error: ")]  # of libmtmd
+            return f"--mmproj {match[1]}: cannot be used with {model}" + (f": {said[-1]}" if said else "")
     for pattern in (r"failed to initialize the context: (.*)", r"error loading model: (.*)"):
         for text in texts:
             if match := re.search(pattern, text):
