@@ -384,7 +384,7 @@ class Llama(llama_cpp.Llama):
             projector = media.projector_of(self.chat_handler)
             if projector is None or not str(error).startswith("Failed to load mtmd context"):
                 raise
-            why = " ".join(native.log_error().removeprefix("error: ").partition("\n")[0].split()) or "it cannot be loaded"
+            why = media.why_not(native.logged())
             raise EdgekvError(f"chat_handler: {projector}: cannot be used with {self.model_path}: {why}") from error
 
     def _with_timings(self, answer):

@@ -7,7 +7,8 @@ sound. llama.cpp's libmtmd computes them, for llama-server and for the handlers 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from edgekv.errors import EdgekvError
@@ -53,6 +54,16 @@ def check_handler(path: str, policy: str) -> None:
     if check_projector(path, "chat_handler:").get("clip.has_vision_encoder") is not True:
         raise EdgekvError(f"chat_handler: {path}: has no encoder of images, and the bindings' handlers take no sound; "
                           f"edgekv serve MODEL --mmproj {path} does")
+
+
+def why_not(log: Iterable[str]) -> str:
+    """Why libmtmd did not take a projector, from lines of its log; a few words if it did not say."""
+    log = list(log)
+    for pattern in (r"failed to load model '.*?': (?:\w+: )?(.+)", r"error: (.+)"):
+        for line in log:
+            if match := re.search(pattern, line):
+                return match[1]
+    return "libmtmd refused it"
 
 
 def kinds(messages: Sequence[dict[str, Any]]) -> list[str]:

@@ -183,6 +183,11 @@ def silence_media() -> None:
     mtmd_cpp.mtmd_helper_log_set(_collect_log, ctypes.c_void_p(0))
 
 
+def logged() -> list[str]:
+    """The last errors that llama.cpp and libmtmd logged since :func:`silence`."""
+    return list(_log)
+
+
 def log_error() -> str:
     """The most telling line that llama.cpp logged since :func:`silence`, without the function's name, or ''."""
     for line in _log:

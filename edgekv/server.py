@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from edgekv import _runtime
 from edgekv.errors import EdgekvError
+from edgekv.media import why_not
 
 N_LINES = 400  # of the log, kept to say why the server ended
 POLL_S = 0.1
@@ -324,8 +325,7 @@ def reason(end: End, model: str) -> str:
             return f"--host {match[1]} --port {match[2]}: cannot listen there; is a server running there already?"
     for text in texts:
         if match := re.search(r"failed to load multimodal model, '(.*)'", text):
-            said = [line.removeprefix("error: ") for line in texts if line.startswith("error: ")]  # of libmtmd
-            return f"--mmproj {match[1]}: cannot be used with {model}" + (f": {said[-1]}" if said else "")
+            return f"--mmproj {match[1]}: cannot be used with {model}: {why_not(texts)}"
     for pattern in (r"failed to initialize the context: (.*)", r"error loading model: (.*)"):
         for text in texts:
             if match := re.search(pattern, text):
