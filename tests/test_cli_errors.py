@@ -64,8 +64,9 @@ def test_bad_models(tmp_path, model):
 
 
 @pytest.mark.parametrize("command", [
-    ("run", "-p", "x"), ("chat",), ("serve", "--port", "0"), ("plan",), ("plan", "--gpu", "rtx4060", "--ctx", "4096"), ("inspect",),
-    ("inspect", "-o", "json"), ("bench",), ("convert", "--with-qfilters"), ("convert", "--outtype", "q8_0"), ("calibrate",),
+    ("run", "-p", "x"), ("chat",), ("serve", "--port", "0"), ("plan",), ("plan", "--gpu", "rtx4060", "--ctx", "4096"),
+    ("inspect",), ("inspect", "-o", "json"), ("bench",),
+    ("convert", "--with-qfilters"), ("convert", "--outtype", "q8_0"), ("calibrate",),
     ("eval", "niah"), ("eval", "ppl"), ("filters", "export", "-o", "f.safetensors"), ("doctor",),
 ], ids=" ".join)
 def test_a_projector_is_no_model(tmp_path, monkeypatch, command):
@@ -85,6 +86,14 @@ def test_a_projector_that_is_fetched(tmp_path, monkeypatch):
     assert (r.exit_code, r.stdout) == (0, f"{path}\n")
     assert r.stderr.splitlines()[1].startswith(f"edgekv: {path}: is the projector of a multimodal model (mmproj), not a ")
     assert "--mmproj" in r.stderr
+
+
+@pytest.mark.parametrize("command", ("run", "chat"))
+@pytest.mark.parametrize("flag", ("--mmproj", "--image", "--audio"))
+def test_commands_that_read_texts(model, command, flag):
+    r = fails(f" {command} reads texts; edgekv serve MODEL --mmproj FILE takes images and sound",
+              command, model, flag, "x.png", status=2)
+    assert r.stderr.startswith(f"edgekv: error: {flag}: ")
 
 
 def test_windows(tmp_path, model, monkeypatch):

@@ -109,7 +109,8 @@ def test_sound_without_ears(model, projector, llama_server):  # noqa: F811
 def test_nothing_is_said_at_the_end(model, projector):
     """The bindings free the projector when the interpreter has closed its standard output."""
     r = subprocess.run(python(f"import edgekv\nfrom llama_cpp.llama_chat_format import Llava15ChatHandler as H\n"
-                              f"a = edgekv.Llama({str(model)!r}, chat_handler=H({str(projector)!r}, verbose=False), n_threads=1)\n"
+                              f"h = H({str(projector)!r}, verbose=False)\n"
+                              f"a = edgekv.Llama({str(model)!r}, chat_handler=h, n_threads=1)\n"
                               f"a.create_chat_completion([{message('x', image(1))!r}], max_tokens=1)"),
                        capture_output=True, text=True, timeout=60)
     assert (r.returncode, r.stdout, r.stderr) == (0, "", "")
@@ -177,7 +178,8 @@ def refusal(call, *args, **kwargs) -> str:
 def test_what_nobody_reads_is_not_dropped(model, part):
     llama = edgekv.Llama(model, n_ctx=512, n_threads=1)
     for call in (llama.create_chat_completion, llama.chat_tokens):
-        line = refusal(call, [{"role": "user", "content": "hi"}, {"role": "user", "content": [{"type": "text", "text": "x"}, part]}])
+        parts = [{"type": "text", "text": "x"}, part]
+        line = refusal(call, [{"role": "user", "content": "hi"}, {"role": "user", "content": parts}])
         assert line.startswith(f"messages: a part of type '{part.get('type')}' cannot be read here; drop it, or give ")
         assert "chat_handler=" in line and "--mmproj" in line
 
@@ -229,7 +231,8 @@ def test_the_bindings_handlers_take_no_sound(model, projector):
     """They would drop it."""
     llama = open_with(model, projector)
     line = refusal(llama.create_chat_completion, [{"role": "user", "content": [SOUND]}])
-    assert line == f"messages: a part of type 'input_audio' cannot be read here; edgekv serve MODEL --mmproj {projector} takes sound"
+    assert line == ("messages: a part of type 'input_audio' cannot be read here; "
+                    f"edgekv serve MODEL --mmproj {projector} takes sound")
 
 
 def test_a_projector_is_no_model(projector, model):

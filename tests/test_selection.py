@@ -231,12 +231,12 @@ def read_embeddings(session, n: int, width: int) -> None:
     places = np.arange(n)
     positions = np.stack([0 * places, places // 8, places % 8, -pos + 0 * places]) if m_rope else places
     positions = np.ascontiguousarray(pos + positions, dtype=np.int32)
-    sequence = (llama_cpp.llama_seq_id * 1)(0)
+    sequence_of = ctypes.pointer(llama_cpp.llama_seq_id(0))
     batch = llama_cpp.llama_batch(
         n_tokens=n, embd=embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
         pos=positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos)),
         n_seq_id=(ctypes.c_int32 * n)(*[1] * n),
-        seq_id=(ctypes.POINTER(llama_cpp.llama_seq_id) * n)(*[ctypes.cast(sequence, ctypes.POINTER(llama_cpp.llama_seq_id))] * n),
+        seq_id=(type(sequence_of) * n)(*[sequence_of] * n),
         logits=(ctypes.c_int8 * n)())
     llama_cpp.llama_set_causal_attn(session.ctx, m_rope)
     try:
