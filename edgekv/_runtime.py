@@ -67,6 +67,7 @@ def prepare() -> None:
         )
 
     os.environ["LLAMA_CPP_LIB_PATH"] = str(directory)
+    os.environ["MTMD_CPP_LIB"] = str(directory)  # images; it links to the libraries beside it
     if not _published_bindings_installed():
         sys.path.insert(0, str(_HERE / "_bindings"))
 
@@ -275,7 +276,9 @@ def _why_idle(family: str) -> str:
 def check() -> None:
     """EdgekvError, naming the file and the reason, if the libraries are missing or damaged or nothing can compute."""
     if not lib_path("llama").exists():
-        raise EdgekvError(f"{lib_dir()}: the patched libraries are missing, install edgekv with `pip install .`")
+        install = ("edgekv does not run on Windows itself, install it in WSL" if sys.platform == "win32" else
+                   "install edgekv with `pip install .`")
+        raise EdgekvError(f"{lib_dir()}: the patched libraries are missing, {install}")
     for name in ("ggml-base", "ggml", "llama"):
         try:
             ctypes.CDLL(str(lib_path(name)))

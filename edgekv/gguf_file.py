@@ -146,6 +146,12 @@ class Part:
         """``n`` bytes of the file from ``offset`` on, piece by piece."""
         return _chunks(self.path, offset, n)
 
+    @property
+    def is_projector(self) -> bool:
+        """Whether it makes embeddings of images or sound for a multimodal model, and is no language model."""
+        return any(key in self.fields and self.fields[key].type == STRING and self.get(key) == value
+                   for key, value in (("general.architecture", "clip"), ("general.type", "mmproj")))
+
     # --- parsing -----------------------------------------------------------------------------------------------
 
     def _parse(self, buf: mmap.mmap) -> None:
@@ -262,13 +268,16 @@ class GGUF:
     (the metadata: those of the first part), ``tensors`` (name -> :class:`Tensor`, of all parts, in their order).
 
     Raises :class:`EdgekvError`, naming the file, if one cannot be read, is no GGUF, is truncated or contradicts itself,
-    if a part is missing or is not of this model, or if the path is that of a later part. With ``header_only`` files may
-    end behind their headers: then their tensors must not be read.
+    if a part is missing or is not of this model, if the path is that of a later part, or if it is a projector. With
+    ``header_only`` files may end behind their headers: then their tensors must not be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], header_only: bool = False):
         first = Part(path, header_only=header_only)
         self.parts, self.path, self.fields = [first], first.path, first.fields
+        if first.is_projector:
+            raise self._bad("is the projector of a multimodal model (mmproj), not a language model: name the model's own "
+                            "file, and this one with edgekv serve --mmproj")
         self.tensors = dict(first.tensors)
         index, count, total = _split_numbers(first)
         if count is not None and count > 1:  # 0 in a model that was joined again

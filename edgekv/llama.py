@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from edgekv import filters as qfilters_module
-from edgekv import native, rpc
+from edgekv import media, native, rpc
 from edgekv.checkpoints import Checkpoint, Checkpoints, common_prefix
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
@@ -49,6 +49,8 @@ class Llama(llama_cpp.Llama):
         cache_ram: MiB for checkpoints, 0: none (default a quarter of the free memory, at most 8192).
         rpc_servers: ``"HOST:PORT,..."``, or a list: layers and their caches live in these ``edgekv rpc-server``, all of
             them unless ``n_gpu_layers`` says how many of the last. If one dies, llama.cpp aborts the process.
+        chat_handler: one of the bindings' handlers of images (``llama_cpp.llama_chat_format``), of a model with a
+            projector; not with ``kv_evict``.
 
     Attributes:
         timings: of the last completion, under llama-server's names; also in the answers of ``create_completion`` and
@@ -90,6 +92,9 @@ class Llama(llama_cpp.Llama):
             n_ctx=n_ctx or gguf.context_length,
             bytes_per_token=bytes_per_token(gguf, kv_budget, kwargs.get("type_k"), kwargs.get("type_v")),
         )
+        projector = media.projector_of(kwargs.get("chat_handler"))
+        if projector is not None:
+            media.check_handler(projector, self.eviction.policy)
         self.filters = load_filters(gguf, qfilters) if needs_filters(self.eviction.policy) else None
         if isinstance(selection, str):
             selection = SelectionSettings.resolve(selection)
@@ -131,6 +136,8 @@ class Llama(llama_cpp.Llama):
             native.clear_next()
         if not verbose:
             native.silence()
+            if projector is not None:
+                native.silence_media()
 
     @property
     def model_params(self):
@@ -363,10 +370,22 @@ class Llama(llama_cpp.Llama):
         return self._with_timings(super().create_completion(*args, **kwargs))
 
     def create_chat_completion(self, messages, *args, **kwargs):
-        """See ``llama_cpp.Llama.create_chat_completion``; the answer has ``timings``."""
+        """See ``llama_cpp.Llama.create_chat_completion``; the answer has ``timings``.
+
+        Raises:
+            EdgekvError: a message has an image or sound that nothing here can read.
+        """
+        messages = self._readable(messages)
         if self._evicts:
             self._message_start = self._find_message_start(messages, kwargs)
-        return self._with_timings(super().create_chat_completion(messages, *args, **kwargs))
+        try:
+            return self._with_timings(super().create_chat_completion(messages, *args, **kwargs))
+        except ValueError as error:
+            projector = media.projector_of(self.chat_handler)
+            if projector is None or not str(error).startswith("Failed to load mtmd context"):
+                raise
+            why = media.why_not(native.logged())
+            raise EdgekvError(f"chat_handler: {projector}: cannot be used with {self.model_path}: {why}") from error
 
     def _with_timings(self, answer):
         if isinstance(answer, dict):
@@ -382,8 +401,35 @@ class Llama(llama_cpp.Llama):
 
     # --- chats -------------------------------------------------------------------------------------------------------
 
+    def _readable(self, messages: list[dict]) -> list[dict]:
+        """The messages as the chat's format reads them.
+
+        Raises:
+            EdgekvError: one has a part that would be dropped, or printed as Python prints it.
+        """
+        projector = media.projector_of(self.chat_handler)
+        if projector is not None:
+            if self._evicts:  # it was set later
+                raise media.refuse_eviction("chat_handler", f"kv_evict={self.eviction.policy!r}")
+            media.check_kinds(messages, ("text", "image_url"), f"edgekv serve MODEL --mmproj {projector} takes sound")
+        elif self.chat_handler is None and media.kinds(messages):
+            media.check_kinds(messages, ("text",), "drop it, or give a multimodal model's projector: "
+                              "chat_handler=Llava15ChatHandler(clip_model_path=...), or edgekv serve MODEL --mmproj FILE")
+            if self._reads_strings():
+                return media.joined(messages)
+        return messages
+
+    def _reads_strings(self) -> bool:
+        """Whether the chat's format takes a text for a content. Most know nothing else; a few know lists of parts only."""
+        try:
+            a, b = (self.chat_tokens([{"role": "user", "content": word}]) for word in ("a", "0"))
+        except Exception:  # it wants other messages: nothing is known then
+            return True
+        return a != b
+
     def chat_tokens(self, messages: list[dict], **template) -> list[int]:
         """The tokens that :meth:`create_chat_completion` would read for these messages (and ``tools``, ...)."""
+        messages = self._readable(messages)
 
         class Captured(Exception):
             pass
@@ -455,7 +501,10 @@ class Llama(llama_cpp.Llama):
     def __del__(self) -> None:
         # an argument may have been refused before the bindings set anything up
         if hasattr(self, "_stack"):
-            super().__del__()
+            try:
+                super().__del__()
+            except ValueError:  # a handler of images wants to silence a standard output that is closed by now
+                pass
 
     def __getstate__(self):
         raise EdgekvError("edgekv.Llama cannot be pickled: create it anew in the other process")

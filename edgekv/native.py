@@ -176,6 +176,18 @@ def silence() -> None:
     llama_cpp.llama_log_set(_collect_log, ctypes.c_void_p(0))
 
 
+def silence_media() -> None:
+    """The same for libmtmd, which has a log of its own."""
+    from llama_cpp import mtmd_cpp
+
+    mtmd_cpp.mtmd_helper_log_set(_collect_log, ctypes.c_void_p(0))
+
+
+def logged() -> list[str]:
+    """The last errors that llama.cpp and libmtmd logged since :func:`silence`."""
+    return list(_log)
+
+
 def log_error() -> str:
     """The most telling line that llama.cpp logged since :func:`silence`, without the function's name, or ''."""
     for line in _log:

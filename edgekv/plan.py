@@ -58,7 +58,6 @@ _NO_WINDOWS = {"phi3"}  # llama.cpp ignores the header's
 _ENCODERS = {
     "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert",
     "gemma-embedding", "t5", "t5encoder", "llama-embed", "dream", "llada", "llada-moe", "rnd1", "wavtokenizer-dec",
-    "clip",
 }
 _RECURRENT = {"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"}
 # latent attention, indexers, several caches, drafts of another model

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from edgekv import _runtime
 from edgekv.errors import EdgekvError
+from edgekv.media import why_not
 
 N_LINES = 400  # of the log, kept to say why the server ended
 POLL_S = 0.1
@@ -322,6 +323,9 @@ def reason(end: End, model: str) -> str:
             return f"{match[1]}: llama-server has no such flag; see edgekv serve --help-server"
         if match := re.search(r"couldn't bind HTTP server socket, hostname: (.*), port: (\d+)", text):
             return f"--host {match[1]} --port {match[2]}: cannot listen there; is a server running there already?"
+    for text in texts:
+        if match := re.search(r"failed to load multimodal model, '(.*)'", text):
+            return f"--mmproj {match[1]}: cannot be used with {model}: {why_not(texts)}"
     for pattern in (r"failed to initialize the context: (.*)", r"error loading model: (.*)"):
         for text in texts:
             if match := re.search(pattern, text):

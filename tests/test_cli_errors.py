@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from edgekv.convert import convert
 from edgekv.gguf_file import GGUF
 from process import EDGEKV, edgekv, fails, python
 from test_filters import random_filters
-from tinymodel import write_tiny_model
+from tinymodel import write_tiny_model, write_tiny_projector
 
 @pytest.fixture
 def model(tmp_path):
@@ -60,6 +61,54 @@ def test_bad_models(tmp_path, model):
     fails("cut.gguf: truncated GGUF file", "convert", tmp_path / "cut.gguf", "--with-qfilters", "--qfilters", model)
     (tmp_path / "text.gguf").write_text("hello")
     fails("text.gguf: not a GGUF file", "inspect", tmp_path / "text.gguf")
+
+
+@pytest.mark.parametrize("command", [
+    ("run", "-p", "x"), ("chat",), ("serve", "--port", "0"), ("plan",), ("plan", "--gpu", "rtx4060", "--ctx", "4096"),
+    ("inspect",), ("inspect", "-o", "json"), ("bench",),
+    ("convert", "--with-qfilters"), ("convert", "--outtype", "q8_0"), ("calibrate",),
+    ("eval", "niah"), ("eval", "ppl"), ("filters", "export", "-o", "f.safetensors"), ("doctor",),
+], ids=" ".join)
+def test_a_projector_is_no_model(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    path = write_tiny_projector(tmp_path / "mmproj-tiny.gguf")
+    where = ("-m", path) if command[0] == "doctor" else (path,)
+    fails(f"{path}: is the projector of a multimodal model (mmproj), not a language model: name the model's own file",
+          *command, *where)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_projector_that_is_fetched(tmp_path, monkeypatch):
+    """It is worth having, with a line that says what for."""
+    path = write_tiny_projector(tmp_path / "mmproj-tiny.gguf")
+    monkeypatch.setattr("edgekv.pull.pull", lambda name: path)
+    r = edgekv("pull", "hf:org/name/mmproj-tiny.gguf")
+    assert (r.exit_code, r.stdout) == (0, f"{path}\n")
+    assert r.stderr.splitlines()[1].startswith(f"edgekv: {path}: is the projector of a multimodal model (mmproj), not a ")
+    assert "--mmproj" in r.stderr
+
+
+@pytest.mark.parametrize("command", ("run", "chat"))
+@pytest.mark.parametrize("flag", ("--mmproj", "--image", "--audio"))
+def test_commands_that_read_texts(model, command, flag):
+    r = fails(f" {command} reads texts; edgekv serve MODEL --mmproj FILE takes images and sound",
+              command, model, flag, "x.png", status=2)
+    assert r.stderr.startswith(f"edgekv: error: {flag}: ")
+
+
+def test_windows(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("EDGEKV_LIB_PATH", str(tmp_path / "nowhere"))
+    fails("edgekv does not run on Windows itself, install it in WSL", "run", model, "-p", "x")
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_windows_before_a_compiler_is_looked_for():
+    """As a script, CMakeLists.txt would end at project() otherwise."""
+    r = subprocess.run(["cmake", "-DCMAKE_HOST_WIN32=1", "-P", Path(__file__).parents[1] / "CMakeLists.txt"],
+                       capture_output=True, text=True)
+    assert r.returncode == 1 and r.stderr.split("\n", 1)[1].strip() == (
+        "edgekv does not build on Windows itself: run pip install . in WSL (Windows Subsystem for Linux)")
 
 
 def test_inspect_json(model, tmp_path):

@@ -37,6 +37,28 @@ def test_agrees_with_the_gguf_package(model):
     np.testing.assert_array_equal(ours.tensor_data("output_norm.weight"), theirs.tensors[1].data)
 
 
+@pytest.mark.parametrize("fields, is_one", [
+    ({"general.architecture": "clip"}, True), ({"general.architecture": "llama", "general.type": "mmproj"}, True),
+    ({"general.architecture": "llama", "general.type": "model"}, False), ({"general.architecture": "clips"}, False),
+    ({}, False), ({"general.architecture": 7}, False), ({"general.architecture": [1, 2], "general.type": ["mmproj"]}, False),
+])
+def test_projectors(tmp_path, fields, is_one):
+    w = gguf.GGUFWriter(tmp_path / "m.gguf", "x")
+    w.kv_data[0].clear()
+    for key, value in fields.items():
+        add = {str: w.add_string, int: w.add_uint32, list: w.add_array}[type(value)]
+        add(key, value)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.close()
+    assert gguf_file.Part(tmp_path / "m.gguf").is_projector == is_one
+    if is_one:
+        with pytest.raises(EdgekvError, match=r"m\.gguf: is the projector of a multimodal model \(mmproj\), not a "):
+            GGUF(tmp_path / "m.gguf")
+    else:
+        GGUF(tmp_path / "m.gguf")
+
+
 def test_model_facts(model):
     g = GGUF(model)
     assert (g.architecture, g.n_layer, g.head_count, g.head_count_kv) == ("llama", 2, [6, 6], [3, 3])

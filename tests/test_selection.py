@@ -6,6 +6,7 @@ not brought up to date shows; where one could be forgotten, the test asserts tha
 otherwise.
 """
 
+import ctypes
 import functools
 
 import gguf
@@ -32,6 +33,7 @@ MODELS = {
     "64": dict(n_head=3, n_head_kv=3, head_size=64, scale=2.0, seed=1),  # a quantised K is rotated
     "gemma3": dict(arch="gemma3", n_layer=4),
     "lfm2": dict(arch="lfm2", n_layer=4, n_embd=128),
+    "qwen2vl": dict(arch="qwen2vl", n_head=2, n_head_kv=2, scale=2.0),
     "one layer": dict(n_layer=1, n_head=4, n_head_kv=2, head_size=32, scale=2.0, n_ctx=8192),
 }
 ARCHITECTURES = ("32", "gemma3", "lfm2")
@@ -218,6 +220,48 @@ def test_each_query_head_by_itself(models, name, type_k):
             everything[each] = s.decode(text[200:], 200, logits="all")
             assert s.stats().n_selections > 0
     np.testing.assert_allclose(everything[True], everything[False], rtol=0, atol=1e-4)
+
+
+def read_embeddings(session, n: int, width: int) -> None:
+    """As libmtmd reads an image: embeddings in the place of tokens; a model with M-RoPE has time, row and column of each
+    for a position, others attend within it in both directions."""
+    pos = session.stats().tokens_seen
+    m_rope = llama_cpp.llama_model_rope_type(session.model) == llama_cpp.LLAMA_ROPE_TYPE_MROPE
+    embeddings = np.ascontiguousarray(session.rng.standard_normal((n, width), dtype=np.float32))
+    places = np.arange(n)
+    positions = np.stack([0 * places, places // 8, places % 8, -pos + 0 * places]) if m_rope else places
+    positions = np.ascontiguousarray(pos + positions, dtype=np.int32)
+    sequence_of = ctypes.pointer(llama_cpp.llama_seq_id(0))
+    batch = llama_cpp.llama_batch(
+        n_tokens=n, embd=embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+        pos=positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos)),
+        n_seq_id=(ctypes.c_int32 * n)(*[1] * n),
+        seq_id=(type(sequence_of) * n)(*[sequence_of] * n),
+        logits=(ctypes.c_int8 * n)())
+    llama_cpp.llama_set_causal_attn(session.ctx, m_rope)
+    try:
+        assert llama_cpp.llama_decode(session.ctx, batch) == 0
+    finally:
+        llama_cpp.llama_set_causal_attn(session.ctx, True)
+
+
+@pytest.mark.parametrize("name", ("32", "gemma3", "qwen2vl"))
+def test_behind_an_image(models, name):
+    """What the keys of an image say of their pages counts as that of words does."""
+    with Watched(models[name], n_ubatch=64) as s:
+        s.more(150)
+        s.steps(2)
+        before = s.all_keys()
+        read_embeddings(s, 64, 64)
+        otherwise = 0
+        for _ in range(6):
+            s.step()
+            otherwise += s.would_choose_otherwise(before)
+        assert otherwise
+        s.more(100)
+        s.steps(10)
+        read_embeddings(s, 5, 64)  # as few as a step that selects has
+        s.steps(3)
 
 
 def test_a_budget_is_rounded_up_to_pages(models):

@@ -22,7 +22,7 @@ from edgekv.filters import model_fingerprint, read
 from edgekv.gguf_file import GGUF
 from process import edgekv, fails, python
 from test_filters import random_filters
-from tinymodel import write_tiny_model
+from tinymodel import write_tiny_model, write_tiny_projector
 
 FAKE = f"""#!{sys.executable} -S
 import json, os, signal, socket, sys, time
@@ -247,6 +247,57 @@ def calibrated(monkeypatch):
     monkeypatch.setattr("edgekv.calibrate.calibrate",
                         lambda path, **_: calls.append(path) or random_filters(GGUF(path)))
     return calls
+
+
+@pytest.fixture(scope="module")
+def projector(tmp_path_factory):
+    return write_tiny_projector(tmp_path_factory.mktemp("serve") / "mmproj.gguf")
+
+
+def test_a_projector_passes_through(model, projector, fake, monkeypatch):
+    common = (model, "-c", 512, "-np", 1, "--kv-evict", "none")
+    for flags in (["-mm", projector, "--image-min-tokens", 4], ["--mmproj", model, "--mmproj", projector],  # the last counts
+                  ["--mmproj-url", "http://127.0.0.1/m.gguf", "--mmproj", "to-be.gguf"]):
+        serve(*common, *flags, "--kv-select", "quest")
+        argv = fake.started["argv"]
+        assert argv[-len(flags):] == list(map(str, flags)) and "--kv-evict" not in argv
+    monkeypatch.setenv("LLAMA_ARG_MMPROJ", str(projector))
+    serve(*common)
+    assert fake.started["env"]["LLAMA_ARG_MMPROJ"] == str(projector)
+
+
+def test_the_memory_of_a_projector_is_not_the_caches(model, projector, fake, monkeypatch):
+    """What it takes is set aside before the context is said to fit."""
+    given = []
+
+    def auto(*_, aside: int, **__):
+        given.append(aside)
+        return "none", None
+
+    monkeypatch.setattr("edgekv.cli.options.auto_policy", auto)
+    for flags in ([], ["--mmproj", projector]):
+        serve(model, "-c", 512, "--cache-ram", 0, *flags)
+    assert given == [0, projector.stat().st_size]
+
+
+@pytest.mark.parametrize("flag", ("-mm", "--mmproj", "--mmproj-url", "-mmu", "LLAMA_ARG_MMPROJ", "LLAMA_ARG_MMPROJ_URL"))
+def test_a_projector_and_eviction(model, projector, fake, monkeypatch, flag):
+    is_url = flag.lower().endswith(("url", "-mmu"))
+    value = "http://127.0.0.1/m.gguf" if is_url else str(projector)
+    words = [flag, value]
+    if flag.isupper():
+        monkeypatch.setenv(*words)
+        words = []
+    name = f"{'--mmproj-url' if is_url else '--mmproj'} {value} does not go with --kv-evict "
+    why = ": a cache that holds images or sound cannot be evicted from; "
+    for evict in ("streaming", "qfilters"):  # before filters are calibrated
+        fails(name + evict + why + "drop one of them", "serve", model, "--kv-evict", evict, "--kv-budget", 64, *words)
+    fails(name + "kvdiff+qfilters+recency" + why, "serve", model, "--kv-budget", 64, *words)
+    monkeypatch.setattr("edgekv.memory.available_bytes", lambda: 2 << 20)
+    r = fails(name + "auto, which evicts here (the context of 16,384 tokens", "serve", model, "-c", 16384, "-np", 1,
+              "--cache-ram", 0, *words)
+    assert why + "give a smaller -c or -np, or --kv-evict none" in r.stderr
+    assert fake.read("started") == []
 
 
 def test_filters_are_calibrated_once(model, fake, monkeypatch):
@@ -604,6 +655,21 @@ def test_it_answers_and_stops(model):
         process.send_signal(signal.SIGINT)
         stderr = process.communicate(timeout=30)[1]
     assert (process.returncode, stderr) == (0, "")
+
+
+@real
+def test_projectors_that_do_not_fit(model, tmp_path):
+    def refuse(path):
+        common = ("serve", model, "--kv-evict", "none", "-c", 512, "-np", 1, "-t", 1, "--port", 0, "--mmproj", path)
+        return fails(f"--mmproj {path}: ", *common).stderr
+
+    assert "no such file" in refuse(tmp_path / "nowhere.gguf")
+    assert "is no projector of a multimodal model; give the file called mmproj" in refuse(model)
+    other = write_tiny_projector(tmp_path / "other.gguf", n_embd=32)
+    assert f"cannot be used with {model}: mismatch between text model (n_embd = 64) and mmproj (n_embd = 32)" in refuse(other)
+    new = tmp_path / "new.gguf"
+    new.write_bytes(other.read_bytes().replace(b"\x03\0\0\0\0\0\0\0mlp", b"\x03\0\0\0\0\0\0\0xyz"))
+    assert "unknown projector type: xyz" in refuse(new)
 
 
 @real

@@ -21,7 +21,7 @@ def write_tiny_model(path: str | os.PathLike[str], *, n_layer: int = 2, n_embd: 
 
     ``arch``: ``llama``; ``gemma3``, where every second layer has full attention and the others a window of ``n_swa``
     tokens; ``lfm2``, where every second layer has attention (with ``head_size = n_embd / n_head``) and the others a
-    short convolution.
+    short convolution; ``qwen2vl``, with M-RoPE (with ``head_size = n_embd / n_head``).
     """
     convolution = [arch == "lfm2" and il % 2 == 0 for il in range(n_layer)]
     rng = np.random.default_rng(seed)
@@ -44,6 +44,8 @@ def write_tiny_model(path: str | os.PathLike[str], *, n_layer: int = 2, n_embd: 
         w.add_sliding_window_pattern([il % 2 == 0 for il in range(n_layer)])
     if arch == "lfm2":
         w.add_shortconv_l_cache(3)
+    if arch == "qwen2vl":
+        w.add_rope_dimension_sections([head_size // 4, head_size // 8, head_size // 8, 0])
     if tokenizer == "spm":
         tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
         kinds = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.BYTE] * 256
@@ -87,7 +89,7 @@ def write_tiny_model(path: str | os.PathLike[str], *, n_layer: int = 2, n_embd: 
             matrix(f"blk.{il}.attn_k.weight", n_head_kv * head_size, n_embd, scale)
             matrix(f"blk.{il}.attn_v.weight", n_head_kv * head_size, n_embd)
             matrix(f"blk.{il}.attn_output.weight", n_embd, n_head * head_size)
-            if arch != "llama":
+            if arch in ("gemma3", "lfm2"):
                 norm(f"blk.{il}.attn_q_norm.weight", head_size)
                 norm(f"blk.{il}.attn_k_norm.weight", head_size)
         if arch == "gemma3":
@@ -97,6 +99,52 @@ def write_tiny_model(path: str | os.PathLike[str], *, n_layer: int = 2, n_embd: 
         matrix(f"blk.{il}.ffn_gate.weight", n_ff, n_embd)
         matrix(f"blk.{il}.ffn_up.weight", n_ff, n_embd)
         matrix(f"blk.{il}.ffn_down.weight", n_embd, n_ff)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return Path(path)
+
+
+def write_tiny_projector(path: str | os.PathLike[str], *, n_embd: int = 64, image_size: int = 32, seed: int = 0) -> Path:
+    """Write the projector (mmproj) of a multimodal model with random weights, as LLaVA 1.5 has it, and return its path.
+
+    It makes of an image ``(image_size / 8) ** 2`` embeddings for a model of ``n_embd`` channels.
+    """
+    patch, width, n_ff, n_layer = 8, 32, 48, 2
+    rng = np.random.default_rng(seed)
+    w = gguf.GGUFWriter(os.fspath(path), "clip")
+    w.add_type("mmproj")
+    w.add_name("tiny")
+    w.add_string("clip.projector_type", "mlp")
+    w.add_bool("clip.has_vision_encoder", True)
+    for key, value in {"embedding_length": width, "feed_forward_length": n_ff, "block_count": n_layer,
+                       "projection_dim": n_embd, "attention.head_count": 2, "image_size": image_size,
+                       "patch_size": patch}.items():
+        w.add_uint32(f"clip.vision.{key}", value)
+    w.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    w.add_array("clip.vision.image_mean", [0.5] * 3)
+    w.add_array("clip.vision.image_std", [0.25] * 3)
+
+    def tensor(name: str, *shape: int, factor: float = 1.0) -> None:
+        w.add_tensor(name, factor * rng.standard_normal(shape, dtype=np.float32))
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        tensor(f"{name}.weight", rows, columns, factor=columns ** -0.5)
+        tensor(f"{name}.bias", rows, factor=0.1)
+
+    tensor("v.patch_embd.weight", width, 3, patch, patch, factor=0.1)
+    tensor("v.position_embd.weight", (image_size // patch) ** 2, width)
+    for il in range(n_layer):
+        for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            matrix(f"v.blk.{il}.{part}", width, width)
+        matrix(f"v.blk.{il}.ffn_up", n_ff, width)
+        matrix(f"v.blk.{il}.ffn_down", width, n_ff)
+        for part in ("ln1", "ln2"):
+            w.add_tensor(f"v.blk.{il}.{part}.weight", np.ones(width, np.float32))
+            w.add_tensor(f"v.blk.{il}.{part}.bias", np.zeros(width, np.float32))
+    matrix("mm.0", n_embd, width)
+    matrix("mm.2", n_embd, n_embd)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()

@@ -35,6 +35,9 @@ COMMANDS = {
 }
 
 
+_MEDIA = ("--mmproj", "--mmproj-url", "--image", "--audio", "--video")  # of llama.cpp's programs that read more than texts
+
+
 def _fail(message: object, status: int) -> NoReturn:
     line = " ".join(str(message).split())
     try:
@@ -75,6 +78,8 @@ class _Group(click.Group):
                 click.echo(e.format_message(), err=True)
                 sys.exit(2)
             command = e.ctx.command_path if e.ctx else "edgekv"
+            if isinstance(e, click.NoSuchOption) and e.option_name in _MEDIA:
+                _fail(f"{e.option_name}: {command} reads texts; edgekv serve MODEL --mmproj FILE takes images and sound", 2)
             _fail(f"{e.format_message().rstrip('.')}; see {command} --help", 2)
         except (click.Abort, KeyboardInterrupt):
             _debug()

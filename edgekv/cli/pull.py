@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from edgekv.cli.common import model_option
+from edgekv.cli.talk import say
 
 
 @click.command()
@@ -16,9 +17,14 @@ def pull(model: str) -> None:
     hub: hf:ORG/REPO:QUANT (hf:ORG/REPO:Q4_K_M) or hf:ORG/REPO/FILE.gguf. Known models are kept in the user's cache
     folder, or in the folder that EDGEKV_CACHE names, others in the hub's own cache.
     """
+    from edgekv.media import is_projector
     from edgekv.pull import KNOWN
     from edgekv.pull import pull as fetch
 
     licence = f" (licence: {KNOWN[model].licence})" if model in KNOWN else ""
     click.echo(f"pulling {model}{licence}", err=True)
-    click.echo(fetch(model))
+    path = fetch(model)
+    if is_projector(path):
+        say(f"{path}: is the projector of a multimodal model (mmproj), not a language model: fetch the model's own file "
+            "too, and give this one to edgekv serve with --mmproj")
+    click.echo(path)

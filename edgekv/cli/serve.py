@@ -160,7 +160,8 @@ def serve(model: str, host: str, port: int, n_parallel: int, kv_filters: str | N
     if not shared_port:
         server.free_port(hosts, port)
 
-    plan = _Plan(model, gguf, n_parallel, kv_filters, passed_on, notices, **options)
+    media = _Media(passed_on)
+    plan = _Plan(model, gguf, n_parallel, kv_filters, passed_on, media, notices, **options)
     with ExitStack() as stack:
         argv = [program, "-m", model, *plan.argv(stack), "--host", host]
         if with_tcp:
@@ -201,6 +202,24 @@ def _tell(end, model: str) -> int:
     return end.status
 
 
+class _Media:
+    """What brings images and sound: the projector that llama-server is told to load.
+
+    Attributes: ``flag`` and its value as the user gave them, "" without; ``nbytes`` of the file, if it is here.
+
+    EdgekvError, naming the flag, if it is the file of something else.
+    """
+
+    def __init__(self, passed_on: list[str]):
+        from edgekv.media import check_projector
+
+        file = _value(passed_on, ("-mm", "--mmproj"), "LLAMA_ARG_MMPROJ")
+        url = _value(passed_on, ("-mmu", "--mmproj-url"), "LLAMA_ARG_MMPROJ_URL")
+        self.flag = f"--mmproj-url {url}" if url else f"--mmproj {file}" if file else ""
+        # with a URL, the file is where to put what comes from there
+        self.nbytes = check_projector(file, "--mmproj").size if file and not url else 0
+
+
 class _Plan:
     """What of llama-server's settings is decided here: by the same rules as ``edgekv chat``, for several slots.
 
@@ -214,10 +233,12 @@ class _Plan:
         n_slots: int,
         filters: str | None,
         passed_on: list[str],
+        media: _Media,
         notices: list[str],
         **options: Any,
     ):
         from edgekv.llama import bytes_per_token
+        from edgekv.media import refuse_eviction
         from edgekv.memory import default_cache_ram
         from edgekv.rpc import gpu_layers
         from edgekv.session import CACHE_TYPES as GGML_TYPES
@@ -238,10 +259,16 @@ class _Plan:
         if filters is not None and o.kv_evict == "none":
             raise EdgekvError(f"--kv-filters {filters}: filters say what an eviction keeps, but --kv-evict none evicts "
                               "nothing: drop one of them")
-        settle(o, gguf, servers, n_slots=n_caches, aside=max(0, o.cache_ram) * _MIB, tell=notices.append)
+        is_ours = o.kv_evict == "auto" and o.kv_budget is None  # the decision to evict
+        settle(o, gguf, servers, n_slots=n_caches, aside=max(0, o.cache_ram) * _MIB + media.nbytes, tell=notices.append)
         if filters is not None and o.kv_evict != "none" and not needs_filters(o.kv_evict):
             raise EdgekvError(f"--kv-filters {filters}: --kv-evict {o.kv_evict} looks at no filters, drop one of them")
         if o.kv_evict != "none":
+            if media.flag and is_ours:
+                raise refuse_eviction(media.flag, f"--kv-evict auto, which evicts here ({notices[-1]})",
+                                      "give a smaller -c or -np, or --kv-evict none")
+            if media.flag:
+                raise refuse_eviction(media.flag, f"--kv-evict {o.kv_evict}")
             # why it is on belongs before what the server may say against it
             while notices:
                 say(notices.pop(0))
@@ -347,11 +374,12 @@ def _given(passed_on: list[str], flags: Collection[str], *variables: str) -> boo
     return any(_flag(word) in flags for word in passed_on) or any(name in os.environ for name in variables)
 
 
-def _value(passed_on: list[str], flag: str, variable: str) -> str:
-    """What the user gave llama-server for one of its flags, "" if nothing."""
-    flags = [_flag(word) for word in passed_on]
-    if flag in flags:
-        return "".join(passed_on[flags.index(flag) + 1:][:1])
+def _value(passed_on: list[str], names: str | Collection[str], variable: str) -> str:
+    """What the user gave llama-server for one of its flags, by any of its names, "" if nothing."""
+    names = (names,) if isinstance(names, str) else names
+    for flag, value in reversed(list(zip(passed_on, [*passed_on[1:], ""]))):  # the last one counts
+        if _flag(flag) in names:
+            return value
     return os.environ.get(variable, "")
 
 
