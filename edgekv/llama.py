@@ -530,3 +530,9 @@ def bytes_per_token(gguf: GGUF, budget: int | str | None, type_k: int | None, ty
 def window_layers(gguf: GGUF) -> list[int]:
     """The layers that have a sliding window, which are not evicted from."""
     return native.swa_layers(gguf.path) if f"{gguf.architecture}.attention.sliding_window" in gguf else []
+
+
+def window_tokens(gguf: GGUF, default: int) -> int:
+    """How many tokens such a layer's window has; ``default`` if the header does not say it in a plain number."""
+    n = gguf.get(f"{gguf.architecture}.attention.sliding_window")
+    return n if isinstance(n, int) and n > 0 else default

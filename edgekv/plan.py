@@ -370,8 +370,8 @@ class Setting:
         n_seq: sequences (slots of a server).
         policy, budget: eviction; ``none`` and 0 without.
         page_size: of the summaries of ``--kv-select quest``, 0 without. dense_layers: the first layers, without them.
-        swa_full: layers with sliding windows keep the whole context, as in the bindings where nothing is evicted; the
-            server keeps windows.
+        swa_full: layers with sliding windows keep the whole context, as in ``edgekv chat`` and the bindings where nothing
+            is evicted; ``edgekv run`` and the server keep windows.
         n_gpu_layers: layers on the GPU, the last ones, and before any of them the output.
     """
 

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 import edgekv as package
+from edgekv import native
+from edgekv.cli.common import format_bytes
+from edgekv.cli.options import auto_policy
 from edgekv.convert import convert
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
@@ -214,6 +217,31 @@ def test_rope_scaling(plain, ours, theirs):
     with Session(plain, n_ctx=256, n_threads=1, rope=RopeSettings.resolve(**ours)) as session:
         got = session.decode(tokens, 0, logits="all")
     assert np.array_equal(got, stock(**theirs)) and not np.allclose(got, stock(), atol=1e-2)
+
+
+def test_one_prompt_needs_the_windows_alone(tmp_path, monkeypatch):
+    """Nobody goes back behind an answer of `edgekv run`, so layers with sliding windows hold no more than those."""
+    from llama_cpp import Llama as Stock
+
+    path = write_tiny_model(tmp_path / "tiny.gguf", arch="gemma3", n_layer=4, n_ctx=4096, n_swa=32)
+    cell, windows = 2 * 2 * 32 * 2, len(native.swa_layers(path))
+    assert 0 < windows < 4
+    need = cell * ((4 - windows) * 4096 + windows * 256)
+    prompt = "word " * 60
+    r = edgekv("run", path, "-p", prompt, "-no-cnv", "--kv-evict", "none", *RUN)
+    assert r.exit_code == 0 and f"KV cache {format_bytes(need)}," in r.stderr
+    stock = Stock(str(path), n_ctx=4096, n_batch=64, n_ubatch=64, n_threads=1, swa_full=True, verbose=False)
+    answer = stock.create_completion(prompt, max_tokens=8, temperature=0)["choices"][0]["text"]
+    assert ascii_part(r.stdout).strip() == ascii_part(answer).strip()
+
+    # what auto counts, to the cell that it rounds up by
+    told = []
+    for room, swa_full, policy in ((need + 255 * windows * cell, False, "none"), (need - cell, False, "some"),
+                                   (need + 255 * windows * cell, True, "some"), (4 * 4096 * cell, True, "none")):
+        monkeypatch.setattr("edgekv.memory.available_bytes", lambda: path.stat().st_size + -(-room * 5 // 4))
+        found, _ = auto_policy(GGUF(path), None, 4096, "f16", "f16", 64, SelectionSettings("none"), [], 0,
+                               swa_full=swa_full, tell=told.append)
+        assert (found == "none") == (policy == "none"), (room, swa_full, told)
 
 
 def on_a_terminal(*args):

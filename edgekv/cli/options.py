@@ -211,9 +211,11 @@ def take_grammar(options: dict[str, Any]):
     return None
 
 
-def open_llama(model: str, **options: Any):
-    """A ready ``edgekv.Llama`` from the options of a context and of RoPE scaling. It says what ``auto`` decided; filters that the model's file
-    lacks come from the user's cache folder, calibrated there once."""
+def open_llama(model: str, *, goes_back: bool = True, **options: Any):
+    """A ready ``edgekv.Llama`` from the options of a context and of RoPE scaling. It says what ``auto`` decided; filters
+    that the model's file lacks come from the user's cache folder, calibrated there once.
+
+    Without ``goes_back``, for one prompt and its answer, layers with sliding windows keep the windows alone."""
     from edgekv.calibrate import filters_for
     from edgekv.gguf_file import GGUF
     from edgekv.llama import Llama
@@ -231,7 +233,7 @@ def open_llama(model: str, **options: Any):
     warn_beyond_training(o.n_ctx, gguf, rope)
     if o.cache_ram is None:
         o.cache_ram = default_cache_ram()
-    selection = settle(o, gguf, servers, checkpoints=o.cache_ram * _MIB)
+    selection = settle(o, gguf, servers, checkpoints=o.cache_ram * _MIB, swa_full=goes_back)
 
     threads = o.n_threads or default_threads()
     quantised = o.type_v not in FLOAT_TYPES
@@ -252,6 +254,7 @@ def open_llama(model: str, **options: Any):
         n_threads_batch=threads,
         n_gpu_layers=o.n_gpu_layers,
         rpc_servers=o.rpc or (),
+        swa_full=goes_back,
         type_k=GGML_TYPES[o.type_k],
         type_v=GGML_TYPES[o.type_v],
         flash_attn=o.flash_attn == "on" or (o.flash_attn == "auto" and (o.n_gpu_layers != 0 or quantised)),
@@ -331,7 +334,7 @@ def _free_bytes(servers: list, n_gpu_layers: int, gguf, aside: int = 0) -> int |
 
 def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int,
                 selection: SelectionSettings, servers: list, n_gpu_layers: int, *, n_slots: int = 1, aside: int = 0,
-                checkpoints: int = 0, tell: Callable[[str], None] = say) -> tuple[str, str | None]:
+                checkpoints: int = 0, swa_full: bool = True, tell: Callable[[str], None] = say) -> tuple[str, str | None]:
     """What ``--kv-evict auto`` means here, as policy and budget: a budget asks for eviction, otherwise the free memory
     decides.
 
@@ -340,10 +343,11 @@ def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, 
         servers: what :func:`check_servers` found.
         aside: bytes of this machine's free memory that are for something else.
         checkpoints: bytes of it that are for checkpoints if something is evicted.
+        swa_full: layers with sliding windows keep the whole context while nothing is evicted.
         tell: gets a line about what the free memory decided.
     """
     from edgekv import native
-    from edgekv.llama import window_layers
+    from edgekv.llama import window_layers, window_tokens
     from edgekv.session import CACHE_TYPES as GGML_TYPES
 
     blocks = native.type_block(GGML_TYPES[type_k]), native.type_block(GGML_TYPES[type_v])
@@ -353,7 +357,10 @@ def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, 
         # a page's summary is as large as one token in f16
         summaries = 0 if selection.method == "none" else (gguf.kv_bytes_per_token((1, 2), (1, 2)) or 0) // selection.page_size
         per_token += summaries
-        full = ((gguf.kv_bytes_per_token(*blocks) or 0) + summaries) * n_ctx * n_slots
+        in_windows = gguf.kv_bytes_per_token(*blocks) - gguf.kv_bytes_per_token(*blocks, without=windows) if per_token else 0
+        # llama.cpp rounds up to 256 cells
+        window = n_ctx if swa_full else min(n_ctx, window_tokens(gguf, n_ctx) + n_ubatch + 255)
+        full = (per_token * n_ctx + in_windows * window) * n_slots
 
         def room(free: int) -> int:
             # the model's pages and the compute buffers want room too

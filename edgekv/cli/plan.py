@@ -108,7 +108,7 @@ class _Plan:
         if on_cpu and device is not None and device.kind == "discrete":
             raise EdgekvError(f"--gpu {device.name}: -ngl 0 puts nothing on a card; drop one of them")
         base = library.Setting(
-            n_ctx, n_parallel or 1, n_ubatch, swa_full=not self.server, n_gpu_layers=-1 if layers is None else layers,
+            n_ctx, n_parallel or 1, n_ubatch, swa_full=False, n_gpu_layers=-1 if layers is None else layers,
             page_size=quest.page_size if quest.method != "none" else 0, dense_layers=quest.dense_layers)
 
         def make(names: tuple[str, str]) -> library.Setting:

@@ -40,7 +40,7 @@ def run(model: str, prompt: str | None, file: str | None, system: str | None, ra
     from edgekv.conversation import has_template, pin_system_prompt
     from edgekv.progress import PromptBar
 
-    llama = open_llama(model, **options)
+    llama = open_llama(model, goes_back=False, **options)
     llama.on_progress = PromptBar()
     with_template = not raw and has_template(llama)
     if system is not None and not with_template:

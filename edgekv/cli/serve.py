@@ -260,7 +260,8 @@ class _Plan:
             raise EdgekvError(f"--kv-filters {filters}: filters say what an eviction keeps, but --kv-evict none evicts "
                               "nothing: drop one of them")
         is_ours = o.kv_evict == "auto" and o.kv_budget is None  # the decision to evict
-        settle(o, gguf, servers, n_slots=n_caches, aside=max(0, o.cache_ram) * _MIB + media.nbytes, tell=notices.append)
+        settle(o, gguf, servers, n_slots=n_caches, aside=max(0, o.cache_ram) * _MIB + media.nbytes,
+               swa_full=_given(passed_on, ("--swa-full",), "LLAMA_ARG_SWA_FULL"), tell=notices.append)
         if filters is not None and o.kv_evict != "none" and not needs_filters(o.kv_evict):
             raise EdgekvError(f"--kv-filters {filters}: --kv-evict {o.kv_evict} looks at no filters, drop one of them")
         if o.kv_evict != "none":
