@@ -20,6 +20,7 @@ from edgekv.errors import EdgekvError
 
 _NUMBERS = ("threads", "n_gpu_layers", "n_ubatch", "kv_budget", "kv_window", "keep", "kv_page_size", "kv_dense_layers",
             "depth", "copied_from", "repetition", "tokens", "cells", "rss_bytes", "device_bytes")
+_LATER = {"rope": None, "copied_from": None, "peak_device_bytes": None}  # what older records lack
 _SWITCHES = ("flash_attn", "kv_grouped_attn")
 
 
@@ -46,10 +47,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True)
     args = parser.parse_args()
     try:
-        rows = [row for path in args.records for row in json.loads(path.read_text())]
+        rows = [{**_LATER, **row} for path in args.records for row in json.loads(path.read_text())]
         samples = [sample for path in args.trace for sample in read_trace(path)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise EdgekvError(f"{error}: give what edgekv bench -o json and --trace wrote") from None
+    if not rows:
+        raise EdgekvError(f"{args.records[0]}: there is no row in it")
     plot.bench_curves(rows, args.output, args.title or f"{rows[0]['model']}: {rows[0]['machine']}", samples)
 
 

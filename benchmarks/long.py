@@ -1,6 +1,7 @@
 """A long document in one context: memory and speed while it is read, and what is still known of it afterwards.
 
     python benchmarks/long.py MODEL [-c 32000] [-o FILE.json] [--plot FILE.svg]
+    python benchmarks/long.py --record FILE.json [--plot FILE.svg]      the table and picture of a record again
 
 Each setting reads the same document in a process of its own, as `edgekv.Llama` reads prompts: a bounded cache is evicted
 while it reads, long before there is a question. Facts of three kinds stand at the document's beginning, middle and end (2,
@@ -8,7 +9,8 @@ while it reads, long before there is a question. Facts of three kinds stand at t
 fact's own words, so that a base model can give them.
 
 The last columns say whether the cost stays flat: time per token in the last quarter of the document against that in the
-second quarter, and the memory that was added from a quarter on.
+second quarter, and the memory that was added from a quarter on, up to the last ubatch: before that, an evicted cache is
+kept as a checkpoint, so that the next question need not read the document again.
 """
 
 from __future__ import annotations
@@ -134,8 +136,8 @@ def quarters(trace: list[dict]) -> list[float]:
 
 
 def growth(trace: list[dict]) -> int:
-    """Bytes of resident memory that were added from the first quarter of the document on."""
-    later = [sample["rss_bytes"] for sample in trace if sample["tokens"] >= trace[-1]["tokens"] / QUARTERS]
+    """Bytes of resident memory that were added from the first quarter of the document on, without the last ubatch."""
+    later = [sample["rss_bytes"] for sample in trace[:-1] if sample["tokens"] >= trace[-1]["tokens"] / QUARTERS]
     return later[-1] - later[0]
 
 
@@ -162,20 +164,44 @@ def table(rows: dict[str, dict]) -> str:
     return markdown(columns)
 
 
+def report(record: dict, picture: str | None) -> None:
+    rows = record["rows"]
+    n_tokens = next(iter(rows.values()))["n_tokens"]
+    print(f"{record['model']}, a document of {n_tokens:,} tokens; {record['machine']}; edgekv {record['edgekv']}, "
+          f"llama-cpp-python {record['llama_cpp_python']}\n\n{table(rows)}")
+    for name, row in rows.items():
+        print(f"{name}: " + "; ".join(f"{place}: {', '.join(entry['answer'] for entry in entries)}"
+                                      for place, entries in row["answers"].items()))
+    if picture:
+        plot.reading_curves({name: row["trace"] for name, row in rows.items()}, picture,
+                            f"{record['model']}: {record['machine']}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a path or a known name, such as gemma3-270m")
+    parser.add_argument("model", nargs="?", help="a path or a known name, such as gemma3-270m")
     parser.add_argument("-c", "--length", type=int, default=32000, help="tokens of the document")
     parser.add_argument("--kv-budget", default="4096,2048", help="budgets of the evictions")
     parser.add_argument("--only", help="settings to measure, with semicolons between them")
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("-o", "--output", help="keep the record there, as JSON")
     parser.add_argument("--plot", help="draw it there (.png or .svg)")
+    parser.add_argument("--record", help="measure nothing, report what is in this file")
     args = parser.parse_args()
-    for path, flag in ((args.output, "-o"), (args.plot, "--plot")):
-        if path:
-            atomic.check(path, flag)
+    if args.output:
+        atomic.check(args.output, "-o")
+    if args.plot:
+        plot.check(args.plot)
 
+    if args.record:
+        try:
+            with open(args.record) as file:
+                report(json.load(file), args.plot)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EdgekvError(f"--record {args.record}: {error!r}: give what -o wrote") from None
+        return
+    if not args.model:
+        parser.error("MODEL is missing")
     path = str(resolve_model(args.model))
     gguf = GGUF(path)
     windows = f"{gguf.architecture}.attention.sliding_window" in gguf
@@ -192,20 +218,11 @@ def main() -> None:
     for name, arguments in found.items():
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             rows[name] = pool.submit(read, path, args.length, {**arguments, "n_threads": args.threads}).result()
-        if len(rows) == 1:
-            print(f"{gguf.path.name}, a document of {rows[name]['n_tokens']:,} tokens; {bench.machine()}; edgekv "
-                  f"{edgekv.__version__}, llama-cpp-python {BINDINGS_VERSION}\n", flush=True)
-    print(table(rows))
-    for name, row in rows.items():
-        print(f"{name}: " + "; ".join(f"{place}: {', '.join(entry['answer'] for entry in entries)}"
-                                      for place, entries in row["answers"].items()))
     record = {"model": gguf.path.name, "machine": bench.machine(), "edgekv": edgekv.__version__,
               "llama_cpp_python": BINDINGS_VERSION, "n_ubatch": N_UBATCH, "rows": rows}
     if args.output:
         atomic.write(args.output, [to_json(record).encode()])
-    if args.plot:
-        plot.reading_curves({name: row["trace"] for name, row in rows.items()}, args.plot,
-                            f"{gguf.path.name}: {bench.machine()}")
+    report(record, args.plot)
 
 
 if __name__ == "__main__":

@@ -197,8 +197,8 @@ def bench(
     """
     gguf = GGUF(model)
     n_gen, n_prompt = ([n for n in dict.fromkeys(numbers) if n > 0] for numbers in (n_gen, n_prompt))
-    if not (n_gen or n_prompt) and not any(s.depth for s in settings):
-        raise EdgekvError("nothing to measure: give one of -n, -p and -d a number above 0")
+    if not (n_gen or n_prompt) and not any(s.depth and not s.copies for s in settings):
+        raise EdgekvError("nothing to measure: give one of -n, -p and -d a number above 0; with --fill copies -n or -p")
 
     checks: dict[str, Setting] = {}
     for s in settings:
@@ -373,7 +373,13 @@ def _in_worker(task: str, gguf: GGUF, setting: Setting, **extra: Any) -> dict[st
     Raises:
         EdgekvError: what the worker raised, or how it died.
     """
-    job = {"task": task, "model": os.fspath(gguf.path), "setting": asdict(setting), **extra}
+    # the worker may be killed, and its temporary files can be as large as a cache
+    with tempfile.TemporaryDirectory(prefix="edgekv-") as folder:
+        job = {"task": task, "model": os.fspath(gguf.path), "setting": asdict(setting), "folder": folder, **extra}
+        return _ask_worker(job, gguf, setting)
+
+
+def _ask_worker(job: dict[str, Any], gguf: GGUF, setting: Setting) -> dict[str, Any]:
     # the same modules as here, wherever this process found them
     code = f"import sys; sys.path[:] = {sys.path!r}; from edgekv import bench; bench.worker()"
     with tempfile.TemporaryFile() as log:
@@ -415,6 +421,7 @@ def worker() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     job = json.loads(sys.argv[1])
+    tempfile.tempdir = job["folder"]
     raw = job["setting"]
     setting = Setting(**{**raw, "eviction": EvictionSettings(**raw["eviction"]),
                          "selection": SelectionSettings(**raw["selection"]), "rope": RopeSettings(**raw["rope"])})
@@ -616,7 +623,10 @@ class _Sequence:
 
     def fill(self, depth: int) -> None:
         """Make the context ``depth`` tokens long with copies of the cells that it has."""
-        fill_with_copies(self.session, depth)
+        try:
+            fill_with_copies(self.session, depth)
+        except EdgekvError as error:
+            raise EdgekvError(f"--fill copies ({self.setting}): {error}") from None
         self.pos = self.used = depth
         self._verify("copies", self.session.stats(0))
 

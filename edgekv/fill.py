@@ -25,7 +25,7 @@ _MAGIC_AND_VERSION = struct.pack("<II", llama_cpp.LLAMA_STATE_SEQ_MAGIC, llama_c
 def fill_with_copies(session: Session, n_tokens: int) -> None:
     """Make sequence 0 ``n_tokens`` long: the cells that it has, again and again, at positions that go on.
 
-    The copies pass through a file in the system's folder for temporary ones, as large as the cache.
+    The copies pass through a file in the system's folder for temporary ones (TMPDIR), as large as the cache.
 
     Raises:
         EdgekvError: the cache is of a kind that cannot be filled so (windows, a recurrent half, several positions per

@@ -423,6 +423,15 @@ class GGUF:
         """The layers with KV heads."""
         return [il for il, n in enumerate(self.head_count_kv) if n]
 
+    @property
+    def rope_factor(self) -> float:
+        """How many times the header stretches the context that the model was first trained on; 1 without scaling."""
+        for key in ("rope.scaling.factor", "rope.scale_linear"):
+            factor = self.get(f"{self.architecture}.{key}")
+            if isinstance(factor, (int, float)) and 0 < factor < 1e30:
+                return float(factor)
+        return 1.0
+
     def kv_bytes_per_token(self, k_block: tuple[int, int], v_block: tuple[int, int],
                            without: Collection[int] = ()) -> int | None:
         """Bytes that one cell takes over all layers but ``without``; cache types are the (elements, bytes) of a block.

@@ -216,8 +216,10 @@ def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
                             (memory, "peak memory (MiB)" + (", of the GPU dashed" if _on_gpu(rows) else ""))):
             panel.set_title(text, loc="left")
             panel.set_ylim(bottom=0)
-            if depths[-1] > 8 * least:
+            if depths[0] == 0 and depths[-1] > 8 * least:
                 panel.set_xscale("symlog", base=2, linthresh=least)
+            elif depths[-1] > 8 * least:
+                panel.set_xscale("log", base=2)
             panel.set_xticks(depths, [_thousands(depth) for depth in depths])
             panel.minorticks_off()
             panel.set_xlabel("tokens in the context")
@@ -226,6 +228,7 @@ def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
             reading.set_xlabel("tokens read")
             over_time.set_title("memory (MiB)", loc="left")
             over_time.set_xlabel("minutes")
+            reading.xaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
             reading.set_ylim(bottom=0)
             over_time.set_ylim(bottom=0)
         figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(labels)),
@@ -549,4 +552,4 @@ def _spread(places: Sequence[float], apart: float) -> list[float]:
 
 
 def _thousands(n: int) -> str:
-    return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
+    return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else f"{n:,}"

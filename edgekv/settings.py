@@ -240,7 +240,7 @@ class RopeSettings:
             raise EdgekvError(f"--rope-scaling none stretches nothing: drop it, or --rope-{'scale' if rope_scale else 'freq-scale'}")
         if rope_scaling != "yarn":
             for flag, value in (("orig-ctx", yarn_orig_ctx), *((n.replace("_", "-"), v) for n, v in factors.items())):
-                if value is not None and rope_scaling is not None:
+                if value is not None:
                     raise EdgekvError(f"--yarn-{flag} needs --rope-scaling yarn")
         return cls(-1 if rope_scaling is None else ROPE_SCALINGS[rope_scaling], rope_freq_base or 0.0,
                    1 / rope_scale if rope_scale else rope_freq_scale or 0.0,
@@ -262,9 +262,16 @@ class RopeSettings:
         return replace(found, **{name: getattr(params, f"yarn_{name}")
                                  for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow", "orig_ctx")})
 
-    def trained(self, n_ctx: int) -> int:
-        """The context of a model trained on ``n_ctx`` tokens, as these settings stretch it."""
-        return n_ctx if not self.freq_scale else math.floor(n_ctx / self.freq_scale + 1e-3)
+    def reach(self, n_ctx: int, factor: float = 1.0) -> int:
+        """The context that these settings stretch a model to.
+
+        Args:
+            n_ctx: what its header says it was trained on, with the header's own scaling.
+            factor: that of the header's scaling, in whose place a scale given here comes.
+        """
+        if not self.freq_scale:
+            return n_ctx
+        return math.floor((self.orig_ctx or n_ctx / factor) / self.freq_scale + 1e-3)
 
     def __str__(self) -> str:
         default = asdict(RopeSettings())

@@ -224,6 +224,11 @@ def test_copies_fill_what_is_not_evicted(model):
     assert all(row["kv_bytes"] >= 3024 * CELL for row in copied)
 
 
+def test_a_cache_that_cannot_be_filled_with_copies(tmp_path):
+    path = write_tiny_model(tmp_path / "tiny.gguf", arch="gemma3")
+    fails("--fill copies (none, ", "bench", path, "-d", 2000, "-n", 1, "-p", 0, "-r", 1, "--fill", "copies")
+
+
 def test_trace_and_plot(model, tmp_path):
     trace, plot = tmp_path / "trace.csv", tmp_path / "plot.svg"
     r = edgekv("bench", model, "--kv-evict", "none,streaming", "--kv-budget", "200", "-d", "64,500", "-n", 40, "-p", 0,
@@ -273,8 +278,24 @@ def test_the_picture_of_a_gpu(tmp_path):
     assert not (tmp_path / "b.svg").exists()
 
 
+def test_an_interrupted_fill_leaves_nothing(model, tmp_path):
+    """The file of copies is the worker's, who is killed: its folder is not."""
+    p = subprocess.Popen([*EDGEKV, "bench", str(model), "-d", "200000", "-n", "1", "-p", "0", "-t", "1", "--fill", "copies"],
+                         env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: list(tmp_path.rglob("long")) or p.poll() is not None)
+        p.send_signal(signal.SIGINT)
+        assert "interrupted" in p.communicate(timeout=30)[1] and p.returncode == 130
+    finally:
+        p.kill()
+        p.communicate()
+    wait_for(lambda: not list(tmp_path.iterdir()))
+
+
 @pytest.mark.parametrize(("arguments", "why"), [
+    (["-d", "2000", "-n", "0", "-p", "0", "--fill", "copies"], "with --fill copies -n or -p"),
     (["--plot", "x.gif"], "--plot x.gif: give a file that ends in"),
+    (["--plot", "x.svg", "-n", "0"], "--plot x.svg: draws how fast it decodes"),
     (["--trace", "nowhere/x.csv"], "--trace nowhere/x.csv:"),
     (["--trace", "."], "--trace .: is a folder"),
     (["--rope-scaling", "none", "--rope-scale", "2"], "--rope-scaling none stretches nothing"),

@@ -56,6 +56,7 @@ _GPU = "wants a GPU"
 _LARGE = "a large download"
 _TORCH = "needs torch; tests/test_hf.py converts checkpoints"
 _MEASURES = "measures for minutes or hours; its code has tests of its own"
+_SCRIPTS = "tests/test_long.py runs it"
 _8B = "a file without weights; tests/test_plan.py writes it and plans for it"
 _PIN = "of another pin; tests/test_patches.py tries unpack, a broken patch, resume and refresh"
 UNTRIED = {
@@ -98,6 +99,13 @@ UNTRIED = {
     '"kvdiff,kvdiff+qfilters+recency,keydiff" --budgets '
     '"uniform,heads,heads and layers,heads by attention,calibrated,dense 2"': _TORCH,
     "python benchmarks/policies.py smollm2-135m": _MEASURES,
+    'python benchmarks/long.py gemma3-270m --only "full cache; full cache, windows only; full cache, q8_0; full cache, quest; '
+    'kvdiff+qfilters+recency 4,096; kvdiff 4,096; streaming 4,096; kvdiff+qfilters+recency 2,048" -o gemma3.json --plot '
+    'gemma3.svg': _LARGE,
+    "python benchmarks/long.py --record benchmarks/results/gemma3-270m-long-32000.json": _SCRIPTS,
+    "python benchmarks/figure.py RECORD.json --trace FILE.csv -o FILE.svg": _SCRIPTS,
+    "python benchmarks/figure.py record.json read.json --trace trace.csv read-trace.csv --title "
+    '"SmolLM2-135M on two cores of an AMD EPYC" -o gain.svg': _SCRIPTS,
     "python benchmarks/policies.py smollm2-135m --loss popular.txt --kv-budget 512 -t 1 --ideas "
     '"kvdiff; kvdiff + qfilters; ..."': _MEASURES,
     "python benchmarks/serve.py smollm2-135m --server stock=PATH --server ours=PATH --flags "
@@ -112,6 +120,7 @@ UNTRIED = {
     "pip install fastapi uvicorn sse-starlette starlette-context pydantic-settings":
         "tests/test_llama_cpp_server.py needs them",
     # edgekv
+    "edgekv serve MODEL --mmproj FILE": "needs a projector; tests/test_media.py and tests/test_serve_cli.py make one",
     "edgekv convert ORG/NAME --outtype q4_k_m --with-qfilters": _TORCH,
     # docs/developing.md, moving to another llama.cpp
     "pip download --no-deps --no-binary llama-cpp-python --dest build/next llama-cpp-python==VERSION": _LARGE,

@@ -54,6 +54,9 @@ def test_every_setting_reads_the_same_document(model, tmp_path):
     lines = [line for line in r.stdout.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + len(rows) and "memory added" in lines[0] and " of 3 " in lines[2]
     assert all(name in (tmp_path / "r.svg").read_text() for name in rows)
+    again = run("long", "--record", tmp_path / "r.json", "--plot", tmp_path / "again.svg")
+    assert again.returncode == 0 and again.stdout == r.stdout
+    assert (tmp_path / "again.svg").read_text() == (tmp_path / "r.svg").read_text()
 
 
 def test_the_document_holds_the_facts_where_it_says(model):
@@ -76,13 +79,14 @@ def test_what_is_made_of_a_trace():
         seconds += 10 * 0.01 * (i // 10 + 1)
         trace.append(dict(tokens=10 * (i + 1), seconds=seconds, rss_bytes=1000 + 7 * (i // 10)))
     assert long.quarters(trace) == pytest.approx([0.01, 0.02, 0.03, 0.04])
+    trace[-1]["rss_bytes"] += 500  # the checkpoint at the end
     assert long.growth(trace) == 21
     assert long.right([{"value": "Lisbon", "answer": "lisbon, of course"}, {"value": "48213", "answer": "4821"}]) == 1
 
 
 @pytest.mark.parametrize(("arguments", "why"), [
     (["--only", "full"], "--only full: choose from"), (["--plot", "x.gif"], "give a file that ends in"),
-    (["-o", "nowhere/x.json"], "no folder that can be written to")])
+    (["--record", __file__], "give what -o wrote"), (["-o", "nowhere/x.json"], "no folder that can be written to")])
 def test_bad_arguments(model, arguments, why):
     r = run("long", model, *arguments)
     assert r.returncode == 1 and why in r.stderr.splitlines()[-1] and "Traceback" not in r.stderr

@@ -8,20 +8,22 @@ import signal
 import subprocess
 import termios
 import time
+from types import SimpleNamespace
 
+import gguf as gguf_reader
 import numpy as np
 import pytest
 
 import edgekv as package
 from edgekv import native
 from edgekv.cli.common import format_bytes
-from edgekv.cli.options import auto_policy
+from edgekv.cli.options import auto_policy, warn_beyond_training
 from edgekv.convert import convert
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.memory import available_bytes
 from edgekv.session import Session
-from edgekv.settings import EvictionSettings, RopeSettings, SelectionSettings, parse_budget
+from edgekv.settings import DEFAULT_POLICY, EvictionSettings, RopeSettings, SelectionSettings, parse_budget
 from process import EDGEKV, edgekv, fails, python
 from test_filters import random_filters
 from tinymodel import write_tiny_model
@@ -133,11 +135,12 @@ def test_selection_of_a_llama(model):
     ("'12' is not one of", ["-p", "x", "--kv-select", "quest", "--kv-page-size", "12"], 2),
     ("--rope-scale 0.0: must be a number above 0", ["-p", "x", "--rope-scale", "0"], 1),
     ("--rope-freq-base inf: must be a number above 0", ["-p", "x", "--rope-freq-base", "inf"], 1),
+    ("--yarn-orig-ctx needs --rope-scaling yarn", ["-p", "x", "--rope-scaling", "linear", "--yarn-orig-ctx", "64"], 1),
     ("--yarn-orig-ctx -1: must be a number above 0", ["-p", "x", "--yarn-orig-ctx", "-1"], 1),
     ("--yarn-beta-slow nan: must be a number, 0 or above", ["-p", "x", "--yarn-beta-slow", "nan"], 1),
     ("--rope-scale and --rope-freq-scale say the same", ["-p", "x", "--rope-scale", "2", "--rope-freq-scale", "0.5"], 1),
     ("--rope-scaling none stretches nothing", ["-p", "x", "--rope-scaling", "none", "--rope-scale", "2"], 1),
-    ("--yarn-ext-factor needs --rope-scaling yarn", ["-p", "x", "--rope-scaling", "linear", "--yarn-ext-factor", "0"], 1),
+    ("--yarn-ext-factor needs --rope-scaling yarn", ["-p", "x", "--yarn-ext-factor", "0"], 1),
     ("'ntk' is not one of", ["-p", "x", "--rope-scaling", "ntk"], 2),
     ("exceed context window of 256", ["-p", "word " * 100, "-c", "200"], 1),
 ])
@@ -194,6 +197,37 @@ def test_context_beyond_training(model):
     assert "beyond" not in edgekv("run", model, "-p", "question", *RUN).stderr
 
 
+@pytest.mark.parametrize(("header", "rope", "n_ctx", "told"), [
+    # a header that stretches 4,096 tokens 8 times says 32,768; a scale given comes in the place of the 8
+    (8.0, {}, 32768, ""), (8.0, {}, 40000, "--rope-scale 10 "), (8.0, {"rope_scale": 2.0}, 32768, "stretched to 8,192"),
+    (8.0, {"rope_scale": 10.0}, 40000, ""), (None, {"rope_scale": 2.0}, 65536, ""),
+    (None, {"rope_freq_scale": 0.5}, 65537, "--rope-scale 3 "),
+    (8.0, {"rope_scaling": "yarn", "rope_scale": 4.0, "yarn_orig_ctx": 10000}, 40000, ""),
+])
+def test_how_far_a_model_reaches(header, rope, n_ctx, told):
+    gguf = SimpleNamespace(context_length=32768, rope_factor=1.0 if header is None else header)
+    lines = []
+    warn_beyond_training(n_ctx, gguf, RopeSettings.resolve(**rope), tell=lines.append)
+    assert len(lines) == bool(told) and (not told or told in lines[0])
+
+
+@pytest.mark.parametrize(("key", "value", "factor"), [
+    ("rope.scaling.factor", 8.0, 8), ("rope.scale_linear", 4.0, 4), ("rope.scaling.factor", 0.0, 1), ("x", 2.0, 1)])
+def test_factor_of_the_header(plain, tmp_path, key, value, factor):
+    out = tmp_path / "scaled.gguf"
+    reader = gguf_reader.GGUFReader(plain)
+    writer = gguf_reader.GGUFWriter(out, "llama")
+    for field in reader.fields.values():
+        if field.name.startswith(("llama.", "general.name")):
+            writer.add_key_value(field.name, field.contents(), field.types[0])
+    writer.add_float32(f"llama.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert GGUF(out, header_only=True).rope_factor == factor
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [
     ({"rope_scale": 2.0}, {"rope_freq_scale": 0.5}),
     ({"rope_scaling": "linear", "rope_freq_scale": 0.25}, {"rope_scaling_type": 1, "rope_freq_scale": 0.25}),
@@ -236,12 +270,14 @@ def test_one_prompt_needs_the_windows_alone(tmp_path, monkeypatch):
 
     # what auto counts, to the cell that it rounds up by
     told = []
-    for room, swa_full, policy in ((need + 255 * windows * cell, False, "none"), (need - cell, False, "some"),
-                                   (need + 255 * windows * cell, True, "some"), (4 * 4096 * cell, True, "none")):
+    for room, swa_full, policy in ((need + 255 * windows * cell, False, "none"), (need // 2, False, "some"),
+                                   (need + 255 * windows * cell, True, "streaming"), (need // 2, True, "some"),
+                                   (4 * 4096 * cell, True, "none")):
         monkeypatch.setattr("edgekv.memory.available_bytes", lambda: path.stat().st_size + -(-room * 5 // 4))
-        found, _ = auto_policy(GGUF(path), None, 4096, "f16", "f16", 64, SelectionSettings("none"), [], 0,
+        found, budget = auto_policy(GGUF(path), None, 4096, "f16", "f16", 64, SelectionSettings("none"), [], 0,
                                swa_full=swa_full, tell=told.append)
-        assert (found == "none") == (policy == "none"), (room, swa_full, told)
+        assert found == {"some": DEFAULT_POLICY}.get(policy, policy), (room, swa_full, told)
+        assert found != "streaming" or budget == "4096"  # where a cache that is gone back in keeps windows alone
 
 
 def on_a_terminal(*args):
@@ -256,7 +292,7 @@ def on_a_terminal(*args):
 
 def all_that_comes(fd, until, seconds=120):
     """What a terminal shows until it matches, or its program ends; without colours and cursor movements."""
-    shown, deadline = b"", time.monotonic() + seconds
+    text, shown, deadline = "", b"", time.monotonic() + seconds
     while time.monotonic() < deadline:
         if not select.select([fd], [], [], 0.2)[0]:
             continue

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from edgekv import server
+from edgekv.cli import options
 from edgekv.cli.talk import say
 from edgekv.convert import convert
 from edgekv.filters import model_fingerprint, read
@@ -270,15 +271,43 @@ def test_the_memory_of_a_projector_is_not_the_caches(model, projector, fake, mon
     """What it takes is set aside before the context is said to fit."""
     given = []
 
-    def auto(*_, aside: int, **__):
-        given.append(aside)
+    def auto(*_, aside: int, projector: int, **__):
+        given.append((aside, projector))
         return "none", None
 
     monkeypatch.setattr("edgekv.cli.options.auto_policy", auto)
     for flags in ([], ["--mmproj", projector]):
         serve(model, "-c", 512, "--cache-ram", 0, *flags)
-    assert given == [0, projector.stat().st_size]
+    assert given == [(0, 0), (0, projector.stat().st_size)]
 
+
+@pytest.mark.parametrize(("n_gpu_layers", "free"), [(0, 1000 - 7 - 50), (-1, 400 - 50), (1, 400 + 1000 - 7 - 50)])
+def test_where_a_projector_goes(model, monkeypatch, n_gpu_layers, free):
+    """To the GPU where there is one; what is aside is of main memory."""
+    monkeypatch.setattr("edgekv.memory.available_bytes", lambda: 1000)
+    monkeypatch.setattr("edgekv.memory.gpu_bytes", lambda: 400)
+    assert options._free_bytes([], n_gpu_layers, GGUF(model), aside=7, projector=50) == free
+
+
+@pytest.mark.parametrize(("words", "slot", "told"), [
+    ([], 4096, "beyond the 4,096 tokens"),
+    (["--rope-scaling", "linear", "--rope-scale", "2"], 4096, ""),  # llama-server goes no further
+    (["--rope-scaling", "yarn", "--rope-scale", "2"], 8192, ""),
+    (["--rope-scaling", "yarn", "--rope-freq-scale", "0.75"], 5461, "stretched to 5,461"),
+])
+def test_slots_beyond_the_trained_context(model, fake, monkeypatch, words, slot, told):
+    r = serve(model, "-c", 8192, "-np", 1, "--kv-evict", "none", *words)
+    assert f"1 slot of {slot:,} tokens" in r.stderr and (told in r.stderr if told else "beyond" not in r.stderr)
+    assert fake.started["argv"][-len(words):] == words or not words
+    for flag, value in zip(words[::2], words[1::2]):
+        name = flag[2:].replace("-", "_").upper()
+        monkeypatch.setenv(f"LLAMA_ARG_{name}{'_TYPE' if name == 'ROPE_SCALING' else ''}", value)
+    assert f"1 slot of {slot:,} tokens" in serve(model, "-c", 8192, "-np", 1, "--kv-evict", "none").stderr
+
+
+def test_rope_flags_of_the_server_are_checked(model, fake):
+    fails("--rope-scale x: must be a number", "serve", model, "--rope-scale", "x")
+    fails("--rope-scale 0.0: must be a number above 0", "serve", model, "--rope-scale", "0")
 
 @pytest.mark.parametrize("flag", ("-mm", "--mmproj", "--mmproj-url", "-mmu", "LLAMA_ARG_MMPROJ", "LLAMA_ARG_MMPROJ_URL"))
 def test_a_projector_and_eviction(model, projector, fake, monkeypatch, flag):

@@ -78,7 +78,7 @@ class _Group(click.Group):
                 click.echo(e.format_message(), err=True)
                 sys.exit(2)
             command = e.ctx.command_path if e.ctx else "edgekv"
-            if isinstance(e, click.NoSuchOption) and e.option_name in _MEDIA:
+            if isinstance(e, click.NoSuchOption) and e.option_name in _MEDIA and command.split()[-1] in ("run", "chat"):
                 _fail(f"{e.option_name}: {command} reads texts; edgekv serve MODEL --mmproj FILE takes images and sound", 2)
             _fail(f"{e.format_message().rstrip('.')}; see {command} --help", 2)
         except (click.Abort, KeyboardInterrupt):

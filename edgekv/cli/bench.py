@@ -13,6 +13,7 @@ import click
 from edgekv import atomic
 from edgekv.cli.common import Numbers, Words, format_bytes, model_option
 from edgekv.cli.options import look_at_servers, rope_options, rpc_option, take_rope
+from edgekv.errors import EdgekvError
 from edgekv.settings import POLICIES
 from edgekv.table import markdown, to_csv, to_json
 
@@ -94,6 +95,8 @@ def bench(model: str, n_gen: list[int], n_prompt: list[int], repetitions: int, b
         from edgekv import plot as pictures
 
         pictures.check(plot)
+        if not any(n_gen):
+            raise EdgekvError(f"--plot {plot}: draws how fast it decodes, give -n a number above 0")
     if trace:
         atomic.check(trace, "--trace")
     for ngl in sweep["n_gpu_layers"] or (None,):
@@ -102,7 +105,7 @@ def bench(model: str, n_gen: list[int], n_prompt: list[int], repetitions: int, b
     deepest = max(s.depth for s in settings)
     samples: list[dict[str, Any]] | None = [] if trace else None
     with _status(progress) as report:
-        if deepest > rope.trained(gguf.context_length):
+        if deepest > rope.reach(gguf.context_length, gguf.rope_factor):
             report(f"note: -d {deepest} is beyond the {gguf.context_length} tokens the model was trained on", keep=True)
         rows = library.bench(model, settings, n_gen=n_gen, n_prompt=n_prompt, repetitions=repetitions,
                              bandwidth=bandwidth, trace=samples, report=report)

@@ -155,12 +155,12 @@ def take_rope(options: dict[str, Any]) -> RopeSettings:
 
 def warn_beyond_training(n_ctx: int, gguf, rope: RopeSettings, flag: str = "-c", tell: Callable[[str], None] = say) -> None:
     """Says that a context is longer than what the model was trained on, stretched as it may be."""
-    trained = rope.trained(gguf.context_length)
-    if 0 < trained < n_ctx:
-        stretched = f", stretched to {trained:,}" if trained > gguf.context_length else ""
-        tell(f"{flag} {n_ctx} is beyond the {gguf.context_length:,} tokens the model was trained on{stretched}: answers "
-             f"may be nonsense there. --rope-scaling yarn --rope-scale {math.ceil(n_ctx / gguf.context_length)} stretches "
-             "positions that far")
+    trained, factor = gguf.context_length, gguf.rope_factor
+    reach = rope.reach(trained, factor)
+    if 0 < reach < n_ctx:
+        stretched = f", stretched to {reach:,}" if reach != trained else ""
+        tell(f"{flag} {n_ctx} is beyond the {trained:,} tokens the model was trained on{stretched}: answers may be nonsense "
+             f"there. --rope-scaling yarn --rope-scale {math.ceil(factor * n_ctx / trained)} stretches positions that far")
 
 
 def sampling_options(function: Callable) -> Callable:
@@ -320,21 +320,22 @@ def check_servers(servers: str | None, n_gpu_layers: int | None) -> list:
     return rpc.look(servers)
 
 
-def _free_bytes(servers: list, n_gpu_layers: int, gguf, aside: int = 0) -> int | None:
+def _free_bytes(servers: list, n_gpu_layers: int, gguf, aside: int = 0, projector: int = 0) -> int | None:
     """The memory that model and cache may fill: that of servers and GPUs, and this machine's, but for the bytes to set
-    ``aside``, if layers stay here."""
+    ``aside``, if layers stay here. A ``projector`` goes to the GPU where there is one."""
     from edgekv.memory import available_bytes, gpu_bytes
 
     there = sum(sum(server.free_bytes) for server in servers) + (gpu_bytes() if n_gpu_layers else 0)
     here = available_bytes()
     if there and not 0 <= n_gpu_layers < (gguf.get(f"{gguf.architecture}.block_count") or 0):
-        return there
-    return None if here is None else max(0, here - aside) + there
+        return max(0, there - projector)
+    return None if here is None else max(0, here - aside - projector) + there
 
 
 def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, n_ubatch: int,
                 selection: SelectionSettings, servers: list, n_gpu_layers: int, *, n_slots: int = 1, aside: int = 0,
-                checkpoints: int = 0, swa_full: bool = True, tell: Callable[[str], None] = say) -> tuple[str, str | None]:
+                checkpoints: int = 0, projector: int = 0, swa_full: bool = True,
+                swa_checkpoints: bool = False, tell: Callable[[str], None] = say) -> tuple[str, str | None]:
     """What ``--kv-evict auto`` means here, as policy and budget: a budget asks for eviction, otherwise the free memory
     decides.
 
@@ -343,7 +344,9 @@ def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, 
         servers: what :func:`check_servers` found.
         aside: bytes of this machine's free memory that are for something else.
         checkpoints: bytes of it that are for checkpoints if something is evicted.
+        projector: bytes of the file that makes embeddings of images or sound.
         swa_full: layers with sliding windows keep the whole context while nothing is evicted.
+        swa_checkpoints: they keep checkpoints of their windows, llama-server's: as large as the whole context at most.
         tell: gets a line about what the free memory decided.
     """
     from edgekv import native
@@ -356,28 +359,33 @@ def auto_policy(gguf, budget: str | None, n_ctx: int, type_k: str, type_v: str, 
     if budget is None:
         # a page's summary is as large as one token in f16
         summaries = 0 if selection.method == "none" else (gguf.kv_bytes_per_token((1, 2), (1, 2)) or 0) // selection.page_size
+        in_windows = max(0, (gguf.kv_bytes_per_token(*blocks) or 0) - per_token)
         per_token += summaries
-        in_windows = gguf.kv_bytes_per_token(*blocks) - gguf.kv_bytes_per_token(*blocks, without=windows) if per_token else 0
         # llama.cpp rounds up to 256 cells
-        window = n_ctx if swa_full else min(n_ctx, window_tokens(gguf, n_ctx) + n_ubatch + 255)
+        window = n_ctx if swa_full or swa_checkpoints else min(n_ctx, window_tokens(gguf, n_ctx) + n_ubatch + 255)
         full = (per_token * n_ctx + in_windows * window) * n_slots
 
         def room(free: int) -> int:
             # the model's pages and the compute buffers want room too
             return max(0, free - gguf.size) * 4 // 5
 
-        free = _free_bytes(servers, n_gpu_layers, gguf, aside)
+        free = _free_bytes(servers, n_gpu_layers, gguf, aside, projector)
         each = f" in each of {n_slots} slots" if n_slots > 1 else ""
         if free is None or full <= room(free):
             tell(f"the whole context of {n_ctx:,} tokens{each} fits the free memory ({format_bytes(full)}): nothing is "
                  "evicted")
             return "none", None
         # layers with sliding windows keep those, which are small beside the context
-        free = _free_bytes(servers, n_gpu_layers, gguf, aside + checkpoints)
+        free = _free_bytes(servers, n_gpu_layers, gguf, aside + checkpoints, projector)
         tokens = room(free) // n_slots // max(per_token, 1) - n_ubatch
         if tokens < 256:
             raise EdgekvError(f"{gguf.path}: {format_bytes(free)} of free memory are not enough for "
                               + (f"{n_slots} KV caches: lower -np" if n_slots > 1 else "a KV cache"))
+        if tokens >= n_ctx:
+            tell(f"the whole context of {n_ctx:,} tokens{each} fits the free memory if layers with sliding windows keep "
+                 "those alone: nothing is evicted")
+            # a cache that evicts keeps windows alone, and is gone back in by checkpoints
+            return ("streaming", str(n_ctx)) if swa_full else ("none", None)
         budget = str(tokens)
         tell(f"the context of {n_ctx:,} tokens{each} ({format_bytes(full)}) exceeds the free memory: {tokens:,} tokens "
              "are kept")

@@ -131,8 +131,8 @@ class _Plan:
             self.notes.append(f"{n_ctx // base.n_seq:,} tokens are more than the {model.n_ctx_train:,} that the model "
                               "was trained on")
         if model.window and not self.server:
-            self.notes.append("edgekv run and chat let layers with a sliding window keep the whole context while "
-                              "nothing is evicted; edgekv serve (-np) keeps the window only")
+            self.notes.append("edgekv chat lets layers with a sliding window keep the whole context while nothing is "
+                              "evicted; edgekv run, as planned here, and edgekv serve (-np) keep the window only")
         if model.no_evict:
             self.notes.append(f"the cache cannot be evicted from: {model.no_evict}")
 

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Collection
 from contextlib import ExitStack
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,10 @@ from typing import Any
 import click
 
 from edgekv.cli.common import model_option
-from edgekv.cli.options import check_servers, context_options, rare, settle
+from edgekv.cli.options import check_servers, context_options, rare, settle, warn_beyond_training
 from edgekv.cli.talk import say
 from edgekv.errors import EdgekvError
-from edgekv.settings import EvictionSettings, needs_filters
+from edgekv.settings import ROPE_SCALINGS, EvictionSettings, RopeSettings, needs_filters
 
 _MIB = 1 << 20
 
@@ -253,6 +254,11 @@ class _Plan:
         n_caches = 1 if _unified(passed_on) else n_slots
         n_ctx_all = o.n_ctx or gguf.context_length * n_caches
         self.n_ctx = o.n_ctx = _padded(_padded(n_ctx_all) // n_caches)  # of a cache, as llama.cpp rounds it
+        rope = _rope(passed_on)
+        warn_beyond_training(self.n_ctx, gguf, rope, "-c, tokens of a slot:", tell=notices.append)
+        # llama-server answers no further than it takes the model to have been trained
+        self.n_ctx_slot = min(self.n_ctx, rope.reach(gguf.context_length, gguf.rope_factor)
+                              if rope.scaling_type == ROPE_SCALINGS["yarn"] else gguf.context_length)
         if o.cache_ram is None:
             o.cache_ram = default_cache_ram()
 
@@ -260,8 +266,8 @@ class _Plan:
             raise EdgekvError(f"--kv-filters {filters}: filters say what an eviction keeps, but --kv-evict none evicts "
                               "nothing: drop one of them")
         is_ours = o.kv_evict == "auto" and o.kv_budget is None  # the decision to evict
-        settle(o, gguf, servers, n_slots=n_caches, aside=max(0, o.cache_ram) * _MIB + media.nbytes,
-               swa_full=_given(passed_on, ("--swa-full",), "LLAMA_ARG_SWA_FULL"), tell=notices.append)
+        settle(o, gguf, servers, n_slots=n_caches, aside=max(0, o.cache_ram) * _MIB, projector=media.nbytes,
+               swa_full=False, swa_checkpoints=True, tell=notices.append)
         if filters is not None and o.kv_evict != "none" and not needs_filters(o.kv_evict):
             raise EdgekvError(f"--kv-filters {filters}: --kv-evict {o.kv_evict} looks at no filters, drop one of them")
         if o.kv_evict != "none":
@@ -331,10 +337,23 @@ class _Plan:
         return folder / "filters.gguf"
 
     def __str__(self) -> str:
-        n_ctx = min(self.n_ctx, self.gguf.context_length)
-        slots = f"{self.n_slots} slot{'s' if self.n_slots > 1 else ''} of {n_ctx:,} tokens"
+        slots = f"{self.n_slots} slot{'s' if self.n_slots > 1 else ''} of {self.n_ctx_slot:,} tokens"
         evicted = self.eviction.policy != "none"
         return slots + (f", {self.eviction.policy} keeps {self.eviction.budget:,}" if evicted else "")
+
+
+def _rope(passed_on: list[str]) -> RopeSettings:
+    """What llama-server is told about RoPE. EdgekvError, naming the flag, if something is wrong with it."""
+    found: dict[str, Any] = {}
+    for name, parameter in signature(RopeSettings.resolve).parameters.items():
+        flag = "--" + name.replace("_", "-")
+        variable = "LLAMA_ARG_" + {"rope_scaling": "rope_scaling_type"}.get(name, name).upper()
+        if text := _value(passed_on, flag, variable):
+            try:
+                found[name] = text if "str" in str(parameter.annotation) else float(text)
+            except ValueError:
+                raise EdgekvError(f"{flag} {text}: must be a number") from None
+    return RopeSettings.resolve(**found)
 
 
 def _padded(n: int) -> int:
