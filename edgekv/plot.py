@@ -161,11 +161,12 @@ def memory_bars(rows: Sequence[tuple[str, Mapping[str, int]]], path: str | os.Pa
 def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str,
                  trace: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write the rows of ``edgekv bench`` against the depth, a line per setting, as PNG or SVG: how fast it decodes, with
-    the standard deviation, and how much memory the process took at its peak (a GPU's above it, dashed).
+    the standard deviation, and how much memory the process took at its peak (on a GPU: dashed, by itself, because a GPU
+    may share the machine's memory).
 
     A trace adds two panels: how fast the prompt is read, by the tokens in the context, and the memory over time; of the
-    deepest context of each setting that was read and not filled with copies, in its first repetition. EdgekvError if nothing was decoded, or if the file cannot be
-    written.
+    deepest context of each setting that was read and not filled with copies, in its first repetition. EdgekvError if
+    nothing was decoded, or if the file cannot be written.
     """
     check(path)
     from matplotlib.figure import Figure
@@ -210,8 +211,7 @@ def bench_curves(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
             if samples := traced[label]:
                 reading, over_time = rest[0]
                 reading.plot(*_reading(samples), color=colour, ls=dash, lw=1.5)
-                over_time.plot([sample["seconds"] / 60 for sample in samples],
-                               [_memory(sample) for sample in samples], color=colour, ls=dash, lw=1.5)
+                _memory(over_time, [sample["seconds"] / 60 for sample in samples], samples, colour, dash)
         for panel, text in ((speed, "decoding (tokens/s)"),
                             (memory, "peak memory (MiB)" + (", of the GPU dashed" if _on_gpu(rows) else ""))):
             panel.set_title(text, loc="left")
@@ -258,8 +258,7 @@ def reading_curves(traces: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
             colour, dash, _ = _look(i)
             read = _prompt(samples)
             speed.plot(*_reading(samples), color=colour, ls=dash, lw=1.5, label=label)
-            memory.plot([sample["tokens"] for sample in read], [_memory(sample) for sample in read], color=colour, ls=dash,
-                        lw=1.5)
+            _memory(memory, [sample["tokens"] for sample in read], read, colour, dash)
         for panel in panels:
             panel.set_ylim(bottom=0)
             panel.xaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
@@ -304,8 +303,12 @@ def _prompt(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [sample for sample in samples if sample["label"] in ("start", "prompt")]
 
 
-def _memory(sample: Mapping[str, Any]) -> float:
-    return (sample["rss_bytes"] + (sample["device_bytes"] or 0)) / _MIB
+def _memory(panel: Axes, x: Sequence[float], samples: Sequence[Mapping[str, Any]], colour: str, dash: object) -> None:
+    """Resident memory, and dashed that of GPUs, of samples."""
+    panel.plot(x, [sample["rss_bytes"] / _MIB for sample in samples], color=colour, ls=dash, lw=1.5)
+    device = [(sample["device_bytes"] or 0) / _MIB for sample in samples]
+    if any(device):
+        panel.plot(x, device, color=colour, ls="--", lw=1.0)
 
 
 def _reading(samples: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
