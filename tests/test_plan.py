@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edgekv import plan, rpc
+from edgekv.cli.common import format_bytes
 from edgekv.errors import EdgekvError
 from edgekv.gguf_file import GGUF
 from edgekv.plan import GIB, Device, Setting, find_device, largest_budget, memory, most_layers, propose, read_model
@@ -420,6 +421,18 @@ def test_split_models(tiny, tmp_path):
     assert found["settings"] == whole["settings"]
     (tmp_path / "split-00003-of-00003.gguf").unlink()
     fails("split-00003-of-00003.gguf: no such file", "plan", first)
+
+
+def test_windows_of_run(tiny):
+    """`edgekv run` keeps windows alone, and the plan counts so; the note says who does not."""
+    facts = json.loads(edgekv("plan", tiny["gemma3"], "-o", "json", "-ngl", "0", "--kv-evict", "none", "-ctk", "f16", "-ctv", "f16",
+                              "-c", "4096").stdout)
+    told = " ".join(facts["notes"])
+    assert "edgekv run, as planned here" in told and "edgekv chat lets layers with a sliding window keep" in told
+    r = edgekv("run", tiny["gemma3"], "-p", "x", "-n", 1, "-c", 4096, "--kv-evict", "none", "-t", 1, "-no-cnv")
+    host = facts["settings"][0]["host"]
+    assert host["windows"] < host["k"]
+    assert f"KV cache {format_bytes(host['k'] + host['v'] + host['windows'])}," in r.stderr, r.stderr
 
 
 def test_options(tiny):
