@@ -89,7 +89,7 @@ def write_tiny_model(path: str | os.PathLike[str], *, n_layer: int = 2, n_embd: 
             matrix(f"blk.{il}.attn_k.weight", n_head_kv * head_size, n_embd, scale)
             matrix(f"blk.{il}.attn_v.weight", n_head_kv * head_size, n_embd)
             matrix(f"blk.{il}.attn_output.weight", n_embd, n_head * head_size)
-            if arch in ("gemma3", "lfm2"):
+            if arch not in ("llama", "qwen2vl"):
                 norm(f"blk.{il}.attn_q_norm.weight", head_size)
                 norm(f"blk.{il}.attn_k_norm.weight", head_size)
         if arch == "gemma3":
