@@ -554,6 +554,7 @@ class Running:
             import signal
             from pathlib import Path
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born with it ignored
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as is this one under nohup
             from edgekv import server
             server.program = lambda: Path({str(fake.program)!r})
             from edgekv.cli import main
